@@ -1,0 +1,71 @@
+"""Every section and every key that recipes share, with its meaning and unit.
+
+A recipe starts from `get()`, sets what differs, and fills `model`, `method` and the sampler's own
+keys in `sample`, whose keys are the fields of the classes named beside them below.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get():
+  """Returns the sections common to all recipes."""
+  config = ConfigDict()
+  config.run = ConfigDict({
+    'seed': 0,  # of parameters, data order and every random number of training
+    'steps': 4000,  # optimiser steps in all
+    'init_from': '',  # workdir of another run to start the parameters from (its EMA); '' is none
+  })
+  config.data = ConfigDict({
+    'name': 'digits',  # 'digits' (in scikit-learn) or 'latents' (stored VAE moments)
+    'path': '',  # folder of the data; '' is $FMZOO_DATA_DIR or data/, then the name
+    'batch_size': 128,  # global: over all devices and hosts
+    'latent_size': 8,  # H = W of what is generated
+    'channels': 1,  # C of what is generated
+    'num_classes': 10,  # labels are 0 .. num_classes - 1
+    'latent_scale': 1.0,  # moments are multiplied by it; 0.18215 for Stable Diffusion's VAE
+    'num_threads': 2,  # reading threads per host
+  })
+  config.model = ConfigDict()  # models/dit.py Config or models/blockwise.py Config, and `name`
+  config.method = ConfigDict()  # Config of methods/<name>.py, and `name`
+  config.optim = ConfigDict({
+    'learning_rate': 1e-4,  # highest
+    'warmup_steps': 0,  # linear, from 1 / warmup_steps of the highest
+    'schedule': 'constant',  # after the warm-up: 'constant', or 'cosine' to 0 at run.steps
+    'b1': 0.9,  # AdamW
+    'b2': 0.999,
+    'eps': 1e-8,
+    'weight_decay': 0.0,
+    'clip_norm': 0.0,  # largest global gradient norm; 0 does not clip
+    'accumulate_steps': 1,  # micro-batches per step; data.batch_size stays the size of a step
+    'max_bad_steps': 20,  # non-finite steps in a row after which the run stops
+  })
+  config.ema = ConfigDict({
+    'decay': 0.9999,  # per step
+    'ramp': False,  # decay at most (1 + k) / (10 + k) at step k
+  })
+  config.sample = ConfigDict({
+    'num_images': 100,  # how many
+    'batch_size': 100,  # images at a time, global
+    'labels': 'balanced',  # 'random', 'balanced' or a comma list such as '3,1,4'
+    'seed': 0,  # image i depends on the seed and i alone
+    'weights': 'ema',  # 'ema' or 'params'
+    'png_folder': False,  # also one PNG per image
+    'num_steps': 1,  # network calls; per segment for BFM
+  })
+  config.eval = ConfigDict({
+    'name': 'none',  # 'digits': accuracy and Fréchet distance; 'none'
+    'num_images': 1800,  # generated for it
+    'every_steps': 0,  # 0 is at the end only
+  })
+  config.mesh = ConfigDict({
+    'data': -1,  # devices along the data axis; -1 is all
+    'mode': 'jit',  # 'jit' or 'pmap'
+  })
+  config.log = ConfigDict({
+    'log_every_steps': 100,
+    'preview_every_steps': 500,  # a grid of samples; 0 is never
+    'checkpoint_every_steps': 1000,
+    'keep_last': 2,  # newest checkpoints kept
+    'keep_steps': (),  # steps whose checkpoints are kept for ever
+  })
+  return config

@@ -1,0 +1,272 @@
+"""Config to objects: the only file that reads a ConfigDict.
+
+Every section becomes a frozen dataclass without defaults, so a misspelt or missing key fails here,
+before anything is loaded or written.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import typing
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from fmzoo import inputs as device_inputs
+from fmzoo.methods import base
+from fmzoo.parallel import mesh as meshes
+
+METHODS = ('fm', 'soflow', 'bfm', 'bfm_frn')  # fmzoo/methods/<name>.py
+MODELS = ('dit', 'blockwise')  # fmzoo/models/<name>.py
+DATA = ('digits', 'latents')  # fmzoo/data/<name>.py
+# What may change when a run goes on: everything but these keys, which decide what is learned.
+IDENTITY = ('data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size')
+NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')  # of a model; no part of what is learned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """Section `run`; configs/base.py says what each key means."""
+
+  seed: int
+  steps: int
+  init_from: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """Section `data`."""
+
+  name: str
+  path: str
+  batch_size: int
+  latent_size: int
+  channels: int
+  num_classes: int
+  latent_scale: float
+  num_threads: int
+
+  @property
+  def latent_shape(self):
+    """(H, W, C)."""
+    return (self.latent_size, self.latent_size, self.channels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+  """Section `optim`."""
+
+  learning_rate: float
+  warmup_steps: int
+  schedule: str
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+  accumulate_steps: int
+  max_bad_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ema:
+  """Section `ema`."""
+
+  decay: float
+  ramp: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+  """Section `sample`, less the keys that the method's sampler takes."""
+
+  num_images: int
+  batch_size: int
+  labels: str
+  seed: int
+  weights: str
+  png_folder: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+  """Section `eval`."""
+
+  name: str
+  num_images: int
+  every_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+  """Section `log`."""
+
+  log_every_steps: int
+  preview_every_steps: int
+  checkpoint_every_steps: int
+  keep_last: int
+  keep_steps: tuple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """A checked recipe: typed sections and the pure functions made from them."""
+
+  run: Run
+  data: Data
+  optim: Optim
+  ema: Ema
+  sample: Sample
+  sample_options: dict  # keyword arguments of method.sample
+  eval: Eval
+  mesh: meshes.Config
+  log: Log
+  method: base.Method
+  method_name: str
+  tx: Any  # optax transformation of the trainable leaves
+  identity: dict  # dotted key -> value; a checkpoint of another identity is refused
+  config: dict  # the whole config as plain values, for config.json
+
+
+def recipe(config):
+  """Builds a Recipe from a ConfigDict; loads and writes nothing.
+
+  Raises:
+    ValueError: one line that names the key, what was found and what is expected.
+  """
+  data, optim = _section(Data, config, 'data'), _section(Optim, config, 'optim')
+  run = _section(Run, config, 'run')
+  method = _method(config, data)
+  options = _sample_options(config, method)
+  return Recipe(
+    run=run,
+    data=data,
+    optim=optim,
+    ema=_section(Ema, config, 'ema'),
+    sample=_section(Sample, config, 'sample', drop=options),
+    sample_options=options,
+    eval=_section(Eval, config, 'eval'),
+    mesh=_section(meshes.Config, config, 'mesh'),
+    log=_section(Log, config, 'log'),
+    method=method,
+    method_name=config.method.name,
+    tx=optimizer(optim, run.steps),
+    identity=_identity(config),
+    config=config.to_dict(),
+  )
+
+
+def _section(cls, config, name, drop=()):
+  """Makes the dataclass of one section and names keys that are missing or not known."""
+  values = {key: value for key, value in config[name].items() if key not in drop}
+  types = {field.name: field.type for field in dataclasses.fields(cls)}
+  for key in sorted(set(values) ^ set(types)):
+    problem = 'is missing' if key in types else 'is not a key of this recipe'
+    raise ValueError(f"{name}.{key} {problem}; section '{name}' has {', '.join(sorted(types))}")
+  for key, value in values.items():
+    kind = typing.get_origin(types[key]) or types[key]
+    accepted = {float: (float, int), tuple: (tuple, list), Any: object}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind not in (bool, Any)):
+      raise ValueError(f'{name}.{key}={value!r} must be of type {kind.__name__}')
+  return cls(**values)
+
+
+def _choose(config, section, names):
+  """Returns the module or choice that `<section>.name` selects."""
+  name = config[section].get('name', None)
+  if name not in names:
+    raise ValueError(f"{section}.name='{name}' is unknown; use one of {', '.join(names)}")
+  return name
+
+
+def _method(config, data):
+  """Makes the network and the method around it."""
+  for key in ('latent_size', 'channels', 'num_classes', 'batch_size'):
+    if getattr(data, key) < 1:
+      raise ValueError(f'data.{key}={getattr(data, key)} must be at least 1')
+  model = importlib.import_module(f'fmzoo.models.{_choose(config, "model", MODELS)}')
+  method = importlib.import_module(f'fmzoo.methods.{_choose(config, "method", METHODS)}')
+  net = model.make(
+    _section(model.Config, config, 'model', drop=('name',)), data.latent_shape, data.num_classes
+  )
+  return method.make(
+    _section(method.Config, config, 'method', drop=('name',)),
+    net, data.latent_shape, data.num_classes,
+  )
+
+
+def _sample_options(config, method):
+  """Returns the keys of section `sample` that are the sampler's own, all of them required."""
+  parameters = inspect.signature(method.sample).parameters.values()
+  names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+  for name in names:
+    if name not in config.sample:
+      raise ValueError(f"sample.{name} is missing; the sampler of '{config.method.name}' needs it")
+  return {name: config.sample[name] for name in names}
+
+
+def _identity(config):
+  """Returns the values that a checkpoint must share with the run that goes on from it."""
+  identity = {f'method.{key}': value for key, value in config.method.items()}
+  identity |= {
+    f'model.{key}': value for key, value in config.model.items() if key not in NUMERICS
+  }
+  identity.pop('method.total_steps', None)  # follows run.steps, which may be prolonged
+  for dotted in (*IDENTITY, 'run.seed'):
+    section, key = dotted.split('.')
+    identity[dotted] = config[section][key]
+  return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(identity.items())}
+
+
+def optimizer(optim, steps):
+  """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and clipping of the gradient."""
+  if optim.schedule not in ('constant', 'cosine'):
+    raise ValueError(f"optim.schedule='{optim.schedule}' is unknown; use 'constant' or 'cosine'")
+
+  def rate(count):
+    warmup = jnp.minimum(1.0, (count + 1) / max(optim.warmup_steps, 1))
+    done = jnp.clip((count - optim.warmup_steps) / max(steps - optim.warmup_steps, 1), 0.0, 1.0)
+    decay = (1 + jnp.cos(jnp.pi * done)) / 2 if optim.schedule == 'cosine' else 1.0
+    return optim.learning_rate * warmup * decay
+
+  adam = optax.adamw(
+    rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
+  )
+  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adam) if optim.clip_norm else adam
+
+
+def data_path(data):
+  """Returns the folder of a data set that is on disk."""
+  root = os.environ.get('FMZOO_DATA_DIR', 'data')
+  return data.path or os.path.join(root, data.name)
+
+
+def source(data):
+  """Opens the rows of `data.name`: random access to dicts of numpy arrays.
+
+  Raises:
+    ValueError: if the data are missing or do not fit the recipe.
+  """
+  if data.name == 'digits':
+    from fmzoo.data import digits  # needs scikit-learn, which an accelerator machine may lack
+
+    rows = digits.DigitsSource()
+  elif data.name == 'latents':
+    from fmzoo.data import latents
+
+    rows = latents.LatentSource(data_path(data))
+  else:
+    raise ValueError(f"data.name='{data.name}' is unknown; use one of {', '.join(DATA)}")
+  return rows
+
+
+def inputs(recipe, rows, workdir):
+  """Returns (inputs, frozen): what the device does before the loss, and its frozen parameters."""
+  if 'feature' not in recipe.method.inputs:
+    return device_inputs.make(recipe.data.latent_scale), ()
+  from fmzoo import encoders
+
+  encode, frozen = encoders.digits(workdir, rows, recipe.data.num_classes, recipe.run.seed)
+  return device_inputs.make(recipe.data.latent_scale, encode), frozen

@@ -1,0 +1,364 @@
+"""Saves and restores everything a run needs, onto any sharding.
+
+A step is a folder with the items `params`, `ema`, `opt_state` and `run` (step counter, key, bad
+steps), each readable alone, and `meta`: who wrote it, and shape, dtype and checksum of every leaf.
+A leaf is stored under its dotted path in the state (`params.blocks.qkv.kernel`), so a None or an
+optimiser's empty state needs no place in the file. The data position is the step.
+"""
+
+import itertools
+import json
+import math
+import os
+import tempfile
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+from fmzoo.parallel import hosts
+
+_FORMAT = 1  # of the layout above
+_ITEMS = ('params', 'ema', 'opt_state')  # every other field of the state goes into `run`
+
+
+def checksum(leaf):
+  """Sums mix(word_i + i 0x9e3779b9) over the 32-bit words of an array, modulo 2^32.
+
+  Integers only, so neither the sharding nor the order of the sum matters. The mixing (the finaliser
+  of murmur3) is a bijection, so one changed word always changes the sum; without it, flipping the
+  sign of two numbers would not.
+
+  Args:
+    leaf: array of any shape, bool or of 1, 2, 4 or 8 bytes, or typed keys.
+
+  Returns:
+    [] uint32.
+  """
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if leaf.dtype == bool:
+    leaf = leaf.astype(jnp.uint8)
+  unsigned = jnp.dtype(f'uint{8 * min(leaf.dtype.itemsize, 4)}')
+  words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)  # 8 bytes: [..., 2]
+  for axis in range(words.ndim):  # The flat index without a reshape, which could gather shards.
+    stride = math.prod(words.shape[axis + 1 :]) * 0x9E3779B9 % 2**32
+    words += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)
+  words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+  words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
+  return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(leaves):
+  """Checksums of a list of arrays, [len(leaves)] uint32: one program and one transfer."""
+  return jnp.stack([checksum(leaf) for leaf in leaves])
+
+
+def _named(tree):
+  """{dotted path: leaf}, in the order in which jax.tree flattens."""
+  pairs = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in pairs}
+
+
+def _item(name):
+  root = name.split('.')[0]
+  return root if root in _ITEMS else 'run'
+
+
+def _by_item(named):
+  """{item: {name: leaf}}, without empty items, which orbax refuses."""
+  items = {}
+  for name, leaf in named.items():
+    items.setdefault(_item(name), {})[name] = leaf
+  return items
+
+
+def _subtree(name):
+  """'params.blocks' of 'params.blocks.qkv.kernel'."""
+  return '.'.join(name.split('.')[:2])
+
+
+def _named_checksums(named):
+  """{name: int}; one program per item, since items may live on different devices."""
+  sums = {}
+  for leaves in _by_item(named).values():
+    sums.update(zip(leaves, jax.device_get(_checksums(list(leaves.values()))).tolist()))
+  return sums
+
+
+def _spec(leaf):
+  """'float32[4,8]'."""
+  return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+
+
+def _crc32(meta):
+  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _restore_args(leaves):
+  """How orbax reads one item: these leaves only, onto the shardings they name."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
+    for name, leaf in leaves.items()
+  }
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+
+
+def _expect_writable(directory):
+  try:
+    os.makedirs(directory, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
+  except OSError as error:
+    raise ValueError(
+      f'cannot write checkpoints to {directory} ({error.strerror}); choose another --workdir.'
+    ) from error
+
+
+class _Damaged(Exception):
+  """A step cannot be read, or does not hold what was written."""
+
+
+def _agreed(read):
+  """Calls `read`; raises _Damaged in every process if it fails in any of them."""
+  try:
+    result, reason = read(), None
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise  # The machine's fault, not the file's.
+  except Exception as error:  # A damaged file has no common error class.
+    result, reason = None, f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+  if not hosts.all_agree(reason is None):
+    raise _Damaged(reason or 'unreadable on another host')
+  return result
+
+
+class Checkpoints:
+  """The checkpoints of one run; a context manager that waits for the last save.
+
+  Args:
+    directory: where the steps lie, on a local or network file system; made if missing.
+    identity: what a checkpoint must have in common with this run, JSON values (method, model, ...).
+      Only the keys given here are compared when reading: {} reads the checkpoints of any run.
+    keep_last: how many of the newest steps are kept; at least 1.
+    keep_steps: steps that are kept for ever.
+    read_only: nothing on disk is changed: no save, nothing made, cleared up or set aside.
+
+  Raises:
+    ValueError: if `keep_last` is below 1 or the directory cannot be written.
+  """
+
+  def __init__(self, directory, *, identity, keep_last=1, keep_steps=(), read_only=False):
+    if keep_last < 1:
+      raise ValueError(f'keep_last={keep_last} would delete the newest checkpoint; use 1 or more.')
+    self.directory = os.path.abspath(directory)  # Orbax fails in its thread on a relative path.
+    self._identity = json.loads(json.dumps(identity))  # Tuples become lists, as in the file.
+    self._read_only = read_only
+    if not read_only:
+      _expect_writable(self.directory)
+    keep = [
+      checkpoint_managers.LatestN(keep_last),
+      checkpoint_managers.CustomSteps(tuple(keep_steps)),
+    ]
+    options = ocp.CheckpointManagerOptions(
+      create=not read_only,
+      cleanup_tmp_directories=not read_only,
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+    )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def save(self, step, state):
+    """Starts to save a state; returns once the state may be donated, while files are written.
+
+    Args:
+      step: int, how many steps the state has behind it.
+      state: NamedTuple with the fields params, ema, opt_state and any others.
+
+    Returns:
+      True, or False if that step is there already and nothing was done.
+
+    Raises:
+      ValueError: if the directory is read-only or already holds a newer step.
+    """
+    if self._read_only:
+      raise ValueError(f'{self.directory} was opened to read; save with read_only=False.')
+    newest = self._manager.latest_step()
+    if step in self._manager.all_steps():
+      return False
+    if newest is not None and newest > step:  # Orbax would skip this save without a word.
+      raise ValueError(
+        f'{self.directory} already holds step {newest}, cannot save step {step} after it; restore '
+        'first, or choose another --workdir.'
+      )
+    named = _named(state)
+    sums = _named_checksums(named)
+    leaves = {name: [_spec(leaf), sums[name]] for name, leaf in named.items()}
+    meta = {'format': _FORMAT, 'step': step, 'identity': self._identity, 'leaves': leaves}
+    items = {item: ocp.args.PyTreeSave(part) for item, part in _by_item(named).items()}
+    items['meta'] = ocp.args.JsonSave({**meta, 'crc32': _crc32(meta)})
+    return self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def restore(self, abstract_state):
+    """Reads the newest whole step; newer ones that are damaged are renamed, never deleted.
+
+    Args:
+      abstract_state: the state with a jax.ShapeDtypeStruct, with sharding, for every array.
+
+    Returns:
+      (state, step), or None if there is no checkpoint.
+
+    Raises:
+      ValueError: if a checkpoint belongs to another run, or all are damaged; nothing is renamed.
+    """
+    steps = self.steps()
+    if not steps:
+      return None
+    abstract = _named(abstract_state)
+
+    def select(step, leaves):
+      self._expect_same_leaves(step, leaves, abstract)
+      return abstract
+
+    leaves, step, damaged = self._newest_whole(steps, select)
+    if damaged and not self._read_only:
+      self._set_aside(damaged)
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), step
+
+  def restore_params(self, abstract_params, *, ema=True, step=None):
+    """Reads parameters alone, to sample or to start from; changes nothing on disk.
+
+    Args:
+      abstract_params: parameters with a jax.ShapeDtypeStruct for every array; subtrees at the top
+        of the stored parameters that are not in it are left out.
+      ema: whether to take the averaged leaf wherever there is one (frozen leaves have none).
+      step: int, or None for the newest whole one.
+
+    Returns:
+      (params, step).
+
+    Raises:
+      ValueError: if there is no such checkpoint, it belongs to another run, or it is damaged.
+    """
+    steps = self.steps()
+    if not steps:
+      raise ValueError(f'no checkpoint in {self.directory}; train first or pass another --workdir.')
+    if step is not None and step not in steps:
+      raise ValueError(f'no step {step} in {self.directory}; available steps: {steps}.')
+    abstract = _named({'params': abstract_params})
+    subtrees = {_subtree(name) for name in abstract}
+
+    def select(step, leaves):
+      asked = {name: leaf for name, leaf in leaves.items() if _subtree(name) in subtrees}
+      self._expect_same_leaves(step, asked, abstract)
+      averaged = {name: 'ema' + name.removeprefix('params') for name in abstract}
+      return {
+        averaged[name] if ema and averaged[name] in leaves else name: leaf
+        for name, leaf in abstract.items()
+      }
+
+    leaves, step, _ = self._newest_whole(steps if step is None else [step], select)
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), step
+
+  def _newest_whole(self, steps, select):
+    """Reads the newest step that can be trusted: (arrays, step, damaged newer steps).
+
+    `select(step, {name: (spec, checksum)})` returns {name: abstract leaf} of the arrays to read, or
+    raises ValueError if the checkpoint is of another kind, which is no damage.
+    """
+    damaged = {}
+    for step in reversed(steps):
+      try:
+        return self._load(step, select), step, list(damaged)
+      except _Damaged as reason:
+        logging.error('checkpoint %s is damaged and skipped: %s', self._path(step), reason)
+        damaged[step] = reason
+    raise ValueError(
+      f'no whole checkpoint in {self.directory}, damaged: '
+      + '; '.join(f'step {step} ({reason})' for step, reason in damaged.items())
+      + '; bring back a copy, or choose another --workdir.'
+    )
+
+  def _load(self, step, select):
+    """Arrays of a step in the order of the selection, checked against their checksums."""
+    meta = _agreed(lambda: self._meta(step))
+    self._expect_same_run(step, meta)
+    wanted = select(step, meta['leaves'])
+    args = {item: _restore_args(leaves) for item, leaves in _by_item(wanted).items()}
+
+    def read():
+      items = self._manager.restore(step, args=ocp.args.Composite(**args))
+      return {name: items[_item(name)][name] for name in wanted}
+
+    named = _agreed(read)
+    for name, value in _named_checksums(named).items():
+      if value != meta['leaves'][name][1]:
+        raise _Damaged(f"checksum of leaf '{name}' differs")
+    return list(named.values())
+
+  def _meta(self, step):
+    """The record of a step; raises anything if it is damaged."""
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if meta.pop('crc32') != _crc32(meta):
+      raise ValueError('checksum of meta differs')
+    if meta['step'] != step:
+      raise ValueError(f'the folder holds step {meta["step"]}')
+    return meta
+
+  def _expect_same_run(self, step, meta):
+    found = {'format': meta['format'], **meta['identity']}
+    for key, expected in {'format': _FORMAT, **self._identity}.items():
+      if found.get(key) != expected:
+        raise ValueError(
+          f'checkpoint {self._path(step)} was written by {key} {found.get(key)!r}, this config '
+          f'asks for {expected!r}; choose another --workdir, or the config it was written with.'
+        )
+
+  def _expect_same_leaves(self, step, leaves, abstract):
+    """Compares before reading, since orbax casts to another dtype without a word."""
+    found = {name: spec for name, (spec, _) in leaves.items()}
+    expected = {name: _spec(leaf) for name, leaf in abstract.items()}
+    for name in (*expected, *found):
+      if found.get(name) != expected.get(name):
+        raise ValueError(
+          f"checkpoint {self._path(step)} holds leaf '{name}' as {found.get(name, 'absent')}, "
+          f'this config makes it {expected.get(name, "absent")}; choose another --workdir, or the '
+          'config it was written with.'
+        )
+
+  def _set_aside(self, steps):
+    """Renames damaged steps to names the manager does not list."""
+    if hosts.is_main():
+      for step in steps:
+        names = (self._path(f'damaged-{step}-{n}') for n in itertools.count())
+        target = next(name for name in names if not os.path.exists(name))
+        os.rename(self._path(step), target)
+        logging.error('checkpoint %s was renamed to %s', self._path(step), target)
+    hosts.barrier('fmzoo_checkpoint_set_aside')
+    self._manager.reload()
+
+  def _path(self, name):
+    return os.path.join(self.directory, str(name))
+
+  def steps(self):
+    """All finished steps, rising; waits for a running save."""
+    self.wait()
+    return sorted(self._manager.all_steps())
+
+  def wait(self):
+    """Waits until a running save is on disk; raises what went wrong with it."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits for a running save and frees the directory."""
+    self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()

@@ -1,0 +1,57 @@
+"""What a function costs, read from its jaxpr: matrix-product and convolution FLOPs."""
+
+import math
+
+import jax
+from jax.extend import core
+
+
+def matmul_flops(function, *args):
+  """Counts 2 x multiply-adds of all matrix products and convolutions in one call.
+
+  A scan counts its body `length` times, a switch its dearest branch, a product once whatever its
+  precision; elementwise work is not counted. Nothing is computed or compiled.
+
+  Args:
+    function: any traceable function.
+    *args: arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    int.
+
+  Raises:
+    ValueError: at a `while` loop, whose trip count the jaxpr does not tell.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr):
+  return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation):
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    (contract, _), _ = params['dimension_numbers']
+    depth = math.prod(equation.invars[0].aval.shape[i] for i in contract)
+    return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+  if name == 'conv_general_dilated':
+    kernel = equation.invars[1].aval.shape
+    out_channels = kernel[params['dimension_numbers'].rhs_spec[0]]
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+  inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
+  if name == 'while' and any(inner):
+    raise ValueError('a while loop with matrix products has no known cost; use lax.scan')
+  if name == 'cond':
+    return max(inner)
+  return sum(inner) * (params['length'] if name == 'scan' else 1)
+
+
+def _inner_jaxprs(params):
+  """Yields the jaxprs among an equation's parameters."""
+  for value in params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(item, core.ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, core.Jaxpr):
+        yield item

@@ -1,0 +1,89 @@
+"""Frozen encoders whose patch features a method aligns with, ready to run on the device.
+
+`digits`: there is no published encoder for 8x8 digits, so a small classifier is trained on them at
+the start of the run (seconds), frozen, and kept in the workdir for the runs that resume there.
+"""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import traverse_util
+
+from fmzoo.models import digits_encoder
+
+STEPS, BATCH, LEARNING_RATE = 600, 128, 3e-3  # of the digits encoder; 99.9 % of the digits fitted
+
+
+def fit_digits(images, labels, num_classes, seed):
+  """Trains the digits encoder.
+
+  Args:
+    images: [n, 8, 8, 1] float32 in [-1, 1].
+    labels: [n] int32.
+    num_classes: labels are 0 .. num_classes - 1.
+    seed: decides the parameters and the order of the images.
+
+  Returns:
+    (params, accuracy on the training images).
+  """
+  tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
+
+  def loss(params, images, labels):
+    logits = digits_encoder.apply(params, images)[1]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+  @jax.jit
+  def fit(rng, images, labels):
+    rng_init, rng_rows = jax.random.split(rng)
+    params = digits_encoder.init(rng_init, num_classes)
+
+    def step(carry, key):
+      params, opt_state = carry
+      rows = jax.random.randint(key, (BATCH,), 0, images.shape[0])
+      grads = jax.grad(loss)(params, images[rows], labels[rows])
+      updates, opt_state = tx.update(grads, opt_state)
+      return (optax.apply_updates(params, updates), opt_state), None
+
+    (params, _), _ = jax.lax.scan(
+      step, (params, tx.init(params)), jax.random.split(rng_rows, STEPS)
+    )
+    right = jnp.argmax(digits_encoder.apply(params, images)[1], axis=-1) == labels
+    return params, jnp.mean(right)
+
+  params, accuracy = fit(jax.random.key(seed), jnp.asarray(images), jnp.asarray(labels))
+  return params, float(accuracy)
+
+
+def digits(workdir, source, num_classes, seed):
+  """Returns (encode, params) of the digits encoder of a workdir, trained now if it has none.
+
+  Args:
+    workdir: where `encoder.npz` is kept.
+    source: data.digits.DigitsSource.
+    num_classes: of the labels.
+    seed: of the training.
+
+  Returns:
+    encode: (params, latent [B, 8, 8, 1]) -> features [B, 16, F] float32; params: its tree.
+  """
+  path = pathlib.Path(workdir) / 'encoder.npz'
+  if path.exists():
+    with np.load(path) as arrays:
+      params = traverse_util.unflatten_dict(dict(arrays), sep='/')
+  else:
+    images, labels = source.arrays()
+    params, accuracy = fit_digits(images, labels, num_classes, seed)
+    logging.info(
+      'digits encoder trained for %d steps (training accuracy %.4f) and frozen: %s',
+      STEPS, accuracy, path,
+    )
+    params = jax.tree.map(np.asarray, params)
+    temporary = path.with_suffix('.tmp.npz')
+    np.savez(temporary, **traverse_util.flatten_dict(params, sep='/'))
+    os.replace(temporary, path)
+  return lambda params, latent: digits_encoder.apply(params, latent)[0], params

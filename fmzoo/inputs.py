@@ -1,0 +1,43 @@
+"""What happens to a batch on the device, before the loss."""
+
+import jax
+import jax.numpy as jnp
+
+from fmzoo.methods import flow
+
+
+def sample_moments(moments, rng, scale):
+  """Draws a latent from stored posterior moments: (mean + std noise) scale.
+
+  Args:
+    moments: [B, H, W, 2 C], mean and standard deviation, unscaled.
+    rng: keys [B].
+    scale: latent scale of the VAE, 0.18215 for Stable Diffusion's.
+
+  Returns:
+    [B, H, W, C] float32.
+  """
+  mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+  return (mean + std * flow.normal_like(rng, mean)) * scale
+
+
+def make(latent_scale, encode=None):
+  """Builds inputs(frozen, batch, rng [B]) -> batch with 'latent' and, given an encoder, 'feature'.
+
+  Args:
+    latent_scale: see `sample_moments`; used when a batch holds 'moments' in place of 'latent'.
+    encode: (frozen, latent [B, H, W, C]) -> features [B, N, F] of a frozen encoder, or None.
+
+  Returns:
+    A pure function; `frozen` are the encoder's parameters.
+  """
+
+  def inputs(frozen, batch, rng):
+    batch = dict(batch)
+    if 'moments' in batch:
+      batch['latent'] = sample_moments(batch.pop('moments'), rng, latent_scale)
+    if encode is not None:
+      batch['feature'] = jax.lax.stop_gradient(encode(frozen, batch['latent']))
+    return batch
+
+  return inputs

@@ -1,0 +1,95 @@
+"""The device mesh, and the one place where a step is compiled over it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MODES = ('jit', 'pmap')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """How devices are used."""
+
+  data: int  # devices along the data axis; -1 takes all there are
+  mode: str  # 'jit' (one global program) or 'pmap' (one program per device, lax.pmean)
+
+
+def make(config):
+  """Returns a Mesh with the axis 'data'.
+
+  Raises:
+    ValueError: if the mode is unknown or there are not enough devices.
+  """
+  if config.mode not in MODES:
+    raise ValueError(f"mesh.mode='{config.mode}' is unknown; use one of {', '.join(MODES)}")
+  devices = jax.devices()
+  size = len(devices) if config.data == -1 else config.data
+  if not 1 <= size <= len(devices):
+    raise ValueError(
+      f'mesh.data={config.data} devices asked for, {len(devices)} found; use -1 or at most'
+      f' {len(devices)}'
+    )
+  return Mesh(np.array(devices[:size]), ('data',))
+
+
+def replicated(mesh):
+  """Returns the sharding that keeps a whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharded(mesh):
+  """Returns the sharding that cuts the first axis over the devices."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def check_batch(batch_size, mesh, period, accumulate_steps=1):
+  """Refuses a global batch that devices or micro-batches cannot share evenly.
+
+  One device and one micro-batch take any size; otherwise every part must hold whole groups of
+  `period` rows.
+
+  Raises:
+    ValueError: names the nearest sizes that work.
+  """
+  parts = mesh.size * accumulate_steps
+  if batch_size < 1:
+    raise ValueError(f'data.batch_size={batch_size} must be at least 1')
+  if parts == 1 or batch_size % (parts * period) == 0:
+    return
+  unit = parts * period
+  below = batch_size // unit * unit
+  sizes = f'{below} or {below + unit}' if below else f'{unit}'
+  raise ValueError(
+    f'data.batch_size={batch_size} cannot be split over {mesh.size} device(s) of mesh.data,'
+    f' {accumulate_steps} micro-batch(es) of optim.accumulate_steps and groups of {period} rows;'
+    f' use {sizes}'
+  )
+
+
+def compile_step(make_step, mesh, mode):
+  """Compiles a train step over the mesh; the state is donated.
+
+  Args:
+    make_step: (axis_name or None) -> train_step(state, batch, frozen) -> (state, metrics).
+    mesh: as `make` returns it.
+    mode: 'jit' or 'pmap'.
+
+  Returns:
+    train_step with the same arguments, for a state and frozen tree as `replicated` and a batch as
+    `parallel.batch` gives it in the same mode.
+  """
+  if mode == 'pmap':
+    return jax.pmap(
+      make_step('data'), axis_name='data', in_axes=(None, 0, None), out_axes=(None, None),
+      devices=list(mesh.devices), donate_argnums=0,
+    )
+  whole, rows = replicated(mesh), rows_sharded(mesh)
+  return jax.jit(
+    make_step(None),
+    in_shardings=(whole, rows, whole),
+    out_shardings=(whole, whole),
+    donate_argnums=0,
+  )

@@ -1,0 +1,203 @@
+"""Checkpoint to images: labels, noise by image index, one compiled sampler."""
+
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from fmzoo import checkpoint, cost, pictures, writer
+from fmzoo.parallel import mesh as meshes
+
+PREVIEW_COLUMNS = 10
+PREVIEW_ROWS = 10
+
+
+def choose_labels(labels, count, num_classes, seed):
+  """Returns [count] int32 labels.
+
+  Args:
+    labels: 'balanced' (0, 1, 2, ... in turn), 'random' (uniform, from the seed), or a comma list
+      that is repeated, such as '3,1,4'.
+    count: how many.
+    num_classes: labels are 0 .. num_classes - 1.
+    seed: of 'random'.
+
+  Raises:
+    ValueError: if a label is not a number or out of range.
+  """
+  if labels == 'balanced':
+    return (np.arange(count) % num_classes).astype(np.int32)
+  if labels == 'random':
+    return np.random.default_rng(seed).integers(0, num_classes, count).astype(np.int32)
+  try:
+    chosen = [int(label) for label in labels.split(',')]
+  except ValueError:
+    chosen = []
+  if not chosen or not all(0 <= label < num_classes for label in chosen):
+    raise ValueError(
+      f"sample.labels='{labels}' must be 'balanced', 'random' or a comma list of numbers from 0"
+      f' to {num_classes - 1}'
+    )
+  return np.resize(np.array(chosen, np.int32), count)
+
+
+class Sampler:
+  """The recipe's sampler compiled once; image i depends on its seed, i and its label alone."""
+
+  def __init__(self, recipe, mesh):
+    self.recipe, self.mesh = recipe, mesh
+    rows = meshes.rows_sharded(mesh)
+    self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
+    self.run = jax.jit(
+      lambda params, seed, first, labels: self.sample(
+        params, image_keys(seed, first, labels.shape[0]), labels
+      ),
+      in_shardings=(meshes.replicated(mesh), None, None, rows),
+      out_shardings=meshes.replicated(mesh),
+    )
+
+  def __call__(self, params, labels, seed, progress=False):
+    """Returns images of labels [n] as float32 [n, H, W, C] on the host, batch by batch."""
+    size = min(self.recipe.sample.batch_size, len(labels))
+    size = math.ceil(size / self.mesh.size) * self.mesh.size
+    images = []
+    bar = writer.Progress(len(labels), 0, unit='image') if progress else None
+    for first in range(0, len(labels), size):
+      part = np.resize(labels[first : first + size], size)  # one shape, one compilation
+      batch = np.asarray(self.run(params, seed, first, part))[: len(labels) - first]
+      images.append(batch)
+      if bar:
+        bar.update(len(batch))
+    if bar:
+      bar.close()
+    return np.concatenate(images)
+
+  def preview(self, params):
+    """Returns a square of pictures, uint8 [n, H, W, 1 or 3]: one class a row, the noise fixed."""
+    rows = np.arange(PREVIEW_ROWS * PREVIEW_COLUMNS) // PREVIEW_COLUMNS
+    labels = (rows % self.recipe.data.num_classes).astype(np.int32)
+    return pictures.viewable(self(params, labels, self.recipe.sample.seed))
+
+  def macs_per_image(self, params):
+    """Returns multiply-adds of one image: all network calls, guidance included."""
+    count = 8  # part of the work may be shared by a batch
+    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
+    keys = jax.eval_shape(lambda: image_keys(0, 0, count))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return cost.matmul_flops(self.sample, abstract, keys, labels) / 2 / count
+
+
+def image_keys(seed, first, count):
+  """Returns keys [count] of the images first .. first + count - 1."""
+  indices = first + jnp.arange(count)
+  return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
+
+
+def load_params(recipe, mesh, workdir, at_step=None):
+  """Returns (params, step) of a workdir's newest good checkpoint, or of one that is named.
+
+  Args:
+    recipe: build.Recipe; `sample.weights` chooses averaged or last parameters.
+    mesh: devices that get a copy each.
+    workdir: of the run.
+    at_step: finished steps of the checkpoint; None is the newest.
+
+  Raises:
+    ValueError: if there is no such checkpoint, or another kind of run wrote it.
+  """
+  if recipe.sample.weights not in ('ema', 'params'):
+    raise ValueError(f"sample.weights='{recipe.sample.weights}' must be 'ema' or 'params'")
+  with open_checkpoints(recipe, workdir) as checkpoints:
+    return checkpoints.restore_params(
+      abstract_params(recipe, mesh), ema=recipe.sample.weights == 'ema', step=at_step
+    )
+
+
+def open_checkpoints(recipe, workdir, identity=None):
+  """Opens the checkpoints of a workdir for reading only."""
+  return checkpoint.Checkpoints(
+    pathlib.Path(workdir) / 'checkpoints',
+    identity=recipe.identity if identity is None else identity,
+    keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps, read_only=True,
+  )
+
+
+def abstract_params(recipe, mesh):
+  """Returns the method's parameters as shapes, replicated over the mesh."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)
+    ),
+    jax.eval_shape(recipe.method.init, jax.random.key(0)),
+  )
+
+
+def describe(recipe):
+  """Returns what tells one sampling from another, short enough for a file name."""
+  options = recipe.sample_options | {
+    'weights': recipe.sample.weights, 'labels': recipe.sample.labels, 'seed': recipe.sample.seed,
+  }
+  parts = [f'{key}={value}' for key, value in options.items()]
+  return '_'.join(parts).replace(' ', '').replace('/', '-')[:120]
+
+
+def sample(recipe, workdir, at_step=None):
+  """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
+
+  The `.npz` holds arr_0, uint8 [n, H, W, C], and labels, int32 [n].
+
+  Args:
+    recipe: build.Recipe.
+    workdir: of the run; images go to its samples/.
+    at_step: finished steps of the checkpoint; None is the newest.
+
+  Returns:
+    Path of the `.npz`.
+  """
+  settings = recipe.sample
+  if settings.num_images < 1:
+    raise ValueError(f'sample.num_images={settings.num_images} must be at least 1')
+  labels = choose_labels(
+    settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
+  )
+  mesh = meshes.make(recipe.mesh)
+  params, done = load_params(recipe, mesh, workdir, at_step)
+  images = Sampler(recipe, mesh)(params, labels, settings.seed, progress=True)
+  folder = pathlib.Path(workdir) / 'samples'
+  name = f'step={done}_n={len(images)}_{describe(recipe)}'
+  path = folder / f'{name}.npz'
+  pictures.save_npz(path, images, labels)
+  shown = pictures.viewable(images[: PREVIEW_ROWS * PREVIEW_COLUMNS])
+  pictures.save_grid(folder / f'{name}.png', shown, PREVIEW_COLUMNS)
+  logging.info('%d images of step %d: %s and its grid, .png', len(images), done, path)
+  if settings.png_folder:
+    pictures.save_folder(folder / name, pictures.viewable(images))
+    logging.info('one PNG each: %s', folder / name)
+  return path
+
+
+def initial_params(recipe, mesh):
+  """Returns fresh parameters with all that run.init_from holds in place of them.
+
+  A second stage starts so: the first stage's averaged weights, and its own new subtree. The other
+  run's config.json must have the same `model` and `data` but for what the new subtree needs.
+
+  Raises:
+    ValueError: if run.init_from has no checkpoint, or its shapes differ.
+  """
+  fresh = jax.jit(recipe.method.init, out_shardings=meshes.replicated(mesh))(
+    jax.random.key(recipe.run.seed)
+  )
+  abstract = abstract_params(recipe, mesh)
+  frozen = recipe.method.trainable(abstract)
+  wanted = {
+    name: tree for name, tree in abstract.items() if not all(jax.tree.leaves(frozen[name]))
+  }
+  with open_checkpoints(recipe, recipe.run.init_from, identity={}) as checkpoints:
+    params, done = checkpoints.restore_params(wanted or abstract, ema=True)
+  logging.info('parameters from step %d of %s', done, recipe.run.init_from)
+  return {**fresh, **params}

@@ -1,0 +1,171 @@
+"""Build, restore, loop, hooks: the only file that knows all the others."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from fmzoo import build, checkpoint, pictures, sample, step, writer
+from fmzoo import evaluate as evaluation
+from fmzoo.data import pipeline
+from fmzoo.parallel import batch as batches
+from fmzoo.parallel import hosts
+from fmzoo.parallel import mesh as meshes
+
+
+def train(recipe, workdir):
+  """Trains a recipe in a workdir, going on from its newest checkpoint if there is one.
+
+  Leaves checkpoints/, samples/, metrics.jsonl, TensorBoard events and, where the recipe has an
+  evaluation, evaluations/ in the workdir.
+
+  Args:
+    recipe: build.Recipe.
+    workdir: folder; made if missing.
+
+  Returns:
+    step.TrainState at the end (or where SIGTERM stopped it).
+  """
+  method, settings = recipe.method, recipe.run
+  mesh = meshes.make(recipe.mesh)
+  meshes.check_batch(
+    recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps
+  )
+  rows = build.source(recipe.data)
+  checkpoints = checkpoint.Checkpoints(
+    pathlib.Path(workdir) / 'checkpoints', identity=recipe.identity,
+    keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps,
+  )
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(checkpoints)
+    preemption = stack.enter_context(hosts.Preemption())
+    state, start = restore_or_init(recipe, mesh, checkpoints)
+    write_config(recipe, workdir)
+    inputs, frozen = build.inputs(recipe, rows, workdir)
+    frozen = jax.device_put(frozen, meshes.replicated(mesh))
+    train_step = meshes.compile_step(
+      lambda axis_name: step.make(
+        method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
+        accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
+      ), mesh, recipe.mesh.mode,
+    )
+    source = stack.enter_context(contextlib.closing(pipeline.batches(
+      rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      num_threads=recipe.data.num_threads,
+    )))
+    device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
+    hooks = stack.enter_context(Hooks(recipe, workdir, mesh, checkpoints, start))
+    for done in range(start + 1, settings.steps + 1):
+      state, metrics = train_step(state, next(device_batches), frozen)
+      stopping = preemption.reached(done)
+      hooks(done, state, metrics, last=stopping or done == settings.steps)
+      if stopping:
+        logging.warning('stopped by SIGTERM after step %d; the same command goes on', done)
+        break
+  return state
+
+
+def restore_or_init(recipe, mesh, checkpoints):
+  """Returns (state, finished steps): the newest good checkpoint, or step 0."""
+  replicated = meshes.replicated(mesh)
+
+  def init(params):
+    return step.init_state(recipe.method, recipe.tx, jax.random.key(recipe.run.seed), params)
+
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+    jax.eval_shape(init, None),
+  )
+  restored = checkpoints.restore(abstract)
+  if restored is not None:
+    logging.info('goes on from the checkpoint of step %d', restored[1])
+    return restored
+  params = None
+  if recipe.run.init_from:
+    params = sample.initial_params(recipe, mesh)
+  return jax.jit(init, out_shardings=replicated)(params), 0
+
+
+def write_config(recipe, workdir):
+  """Writes the workdir's config.json, by which other commands know the run."""
+  path = pathlib.Path(workdir) / 'config.json'
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(recipe.config, indent=2))
+  os.replace(temporary, path)
+
+
+class Hooks:
+  """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
+
+  def __init__(self, recipe, workdir, mesh, checkpoints, start):
+    self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
+    self.sampler = sample.Sampler(recipe, mesh)
+    self.pending, self.started, self.since = [], time.time(), start
+    self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
+    self.progress = writer.Progress(recipe.run.steps, start)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.progress.close()
+    self.writer.close()
+
+  def __call__(self, done, state, metrics, last):
+    log = self.recipe.log
+    self.pending.append(metrics)
+    self.progress.update(1)
+    if last or done % log.log_every_steps == 0:
+      self.log(done)
+    if last or due(done, log.checkpoint_every_steps):
+      self.checkpoints.save(done, state)
+    finished = done == self.recipe.run.steps
+    if finished or due(done, log.preview_every_steps):
+      self.preview(done, state)
+    if self.recipe.eval.name != 'none' and (finished or due(done, self.recipe.eval.every_steps)):
+      values = evaluation.evaluate_params(
+        self.recipe, self.workdir, self.sampler, step.ema_params(state), done
+      )
+      self.writer.scalars(done, {f'eval/{name}': value for name, value in values.items()})
+
+  def log(self, done):
+    """Fetches the metrics since the last log step: the only place that waits for the device."""
+    fetched = jax.device_get(self.pending)
+    values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    seconds = time.time() - self.started
+    values['steps_per_second'] = (done - self.since) / seconds
+    self.pending, self.started, self.since = [], time.time(), done
+    self.writer.scalars(done, values)
+    left = (self.recipe.run.steps - done) / values['steps_per_second']
+    self.progress.describe(loss=values['loss'])
+    logging.info(
+      'step %d of %d: loss %.5f, gradient norm %.4f, %.1f steps/s, %d s left',
+      done, self.recipe.run.steps, values['loss'], values['grad_norm'],
+      values['steps_per_second'], left,
+    )
+    bad = int(fetched[-1]['bad_steps'])
+    if bad >= self.recipe.optim.max_bad_steps:
+      raise ValueError(
+        f'{bad} steps in a row up to step {done} had a loss or gradient that is not finite'
+        f' (optim.max_bad_steps={self.recipe.optim.max_bad_steps}); nothing was updated in them:'
+        ' lower optim.learning_rate or set optim.clip_norm, the last good checkpoint is kept'
+      )
+
+  def preview(self, done, state):
+    """Writes a grid of samples of the averaged weights, the same noise every time."""
+    images = self.sampler.preview(step.ema_params(state))
+    path = self.workdir / 'samples' / f'step_{done:07d}.png'
+    pictures.save_grid(path, images, sample.PREVIEW_COLUMNS)
+    self.writer.images(done, {'samples': pictures.grid(images, sample.PREVIEW_COLUMNS)})
+    logging.info('preview: %s', path)
+
+
+def due(done, every_steps):
+  """Says whether a hook with this period runs after step `done`; period 0 never runs."""
+  return every_steps > 0 and done % every_steps == 0

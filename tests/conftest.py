@@ -1,0 +1,26 @@
+"""What every test runs under: eight simulated devices, strict ranks, one folder of golden numbers."""
+
+import os
+import pathlib
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--golden-root',
+    default=str(pathlib.Path(__file__).parent / 'golden'),
+    help='folder that holds bfm/, soflow/, ... with recorded arrays',
+  )
+
+
+@pytest.fixture(scope='session')
+def golden_root(request):
+  """The folder of recorded arrays, tests/golden unless --golden-root says otherwise."""
+  return pathlib.Path(request.config.getoption('--golden-root'))

@@ -1,0 +1,101 @@
+"""Imports point one way: every edge between fmzoo's modules is in the list below."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STANDARD = {
+  'ast', 'collections', 'contextlib', 'dataclasses', 'functools', 'hashlib', 'importlib', 'inspect',
+  'io', 'itertools', 'json', 'math', 'os', 'pathlib', 'signal', 'struct', 'subprocess', 'sys',
+  'tempfile', 'threading', 'time', 'typing', 'zlib', 'fractions', 're', 'abc', 'shutil', 'logging',
+  'warnings',
+}
+# module prefix -> (packages from outside, modules of fmzoo) that it may import
+ALLOWED = {
+  'fmzoo.shapes': ({'jax'}, set()),
+  'fmzoo.cost': ({'jax'}, set()),
+  'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
+  'fmzoo.methods.bfm_frn': ({'jax', 'numpy'}, {
+    'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm'}),
+  'fmzoo.methods': ({'jax', 'numpy'}, {
+    'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.ode'}),
+  'fmzoo.data': ({'numpy', 'grain', 'array_record', 'sklearn', 'absl'}, {'fmzoo.data'}),
+  'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
+  'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
+    'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),
+  'fmzoo.convert': ({'numpy', 'safetensors'}, {'fmzoo.models', 'fmzoo.convert'}),
+  'fmzoo.pictures': ({'numpy', 'PIL'}, set()),
+  'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
+  'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
+  'fmzoo.inputs': ({'jax'}, {'fmzoo.methods.flow'}),
+  'fmzoo.step': ({'jax', 'optax'}, set()),
+  'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {'fmzoo.models.digits_encoder'}),
+  'fmzoo.build': ({'jax', 'optax'}, {
+    'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.data', 'fmzoo.methods', 'fmzoo.models',
+    'fmzoo.parallel'}),
+  'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.build', 'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.pictures', 'fmzoo.writer',
+    'fmzoo.parallel'}),
+  'fmzoo.evaluate': ({'numpy', 'absl'}, {
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
+  'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.build', 'fmzoo.checkpoint', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.step', 'fmzoo.writer'}),
+  'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
+  'fmzoo.main': (set(), {
+    'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
+    'fmzoo.evaluate'}),
+  'configs': ({'ml_collections'}, {'configs'}),
+}
+
+
+def modules():
+  """Yields (dotted name, syntax tree) of every module."""
+  for folder in ('fmzoo', 'configs'):
+    for path in sorted((ROOT / folder).rglob('*.py')):
+      name = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+      yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+  """Yields the dotted names that a module imports, wherever the statement stands."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, 'imports are absolute'
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def rule_of(name):
+  """Returns the allowances of the longest prefix in the list."""
+  prefixes = [p for p in ALLOWED if name == p or name.startswith(p + '.')]
+  return ALLOWED[max(prefixes, key=len)] if prefixes else None
+
+
+def within(name, allowed):
+  return any(name == module or name.startswith(module + '.') for module in allowed)
+
+
+@pytest.mark.parametrize('name,tree', [pytest.param(*pair, id=pair[0]) for pair in modules()])
+def test_imports_point_one_way(name, tree):
+  """Fails on an edge that is not in ALLOWED, inside a function or not."""
+  if name == 'fmzoo':
+    assert not list(imports(tree))
+    return
+  rule = rule_of(name)
+  assert rule is not None, f'{name} is in no layer; add it to ALLOWED'
+  for target in imports(tree):
+    package = target.partition('.')[0]
+    if package in ('fmzoo', 'configs'):
+      assert within(target, rule[1]), f'{name} imports {target}'
+    elif package not in STANDARD:
+      assert package in rule[0], f'{name} imports {target}'
+
+
+def test_only_build_and_the_command_line_know_config_dicts():
+  for name, tree in modules():
+    uses = any(target.startswith('ml_collections') for target in imports(tree))
+    assert not uses or name == 'fmzoo.command_line' or name.startswith('configs')

@@ -1,0 +1,199 @@
+"""Bad input: one clear line, a non-zero exit, nothing on disk changed."""
+
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fmzoo import main
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPE = '--config=configs/sit_digits.py'
+SMALL = (
+  '--config.model.width=32', '--config.model.heads=2', '--config.model.depth=1',
+  '--config.data.batch_size=16', '--config.run.steps=2', '--config.log.log_every_steps=1',
+  '--config.log.preview_every_steps=0', '--config.eval.name=none',
+)
+
+
+def call(monkeypatch, capsys, *arguments):
+  """Runs the command line in this process; returns (exit status, lines on stderr)."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(sys, 'argv', ['fmzoo', *arguments])
+  capsys.readouterr()
+  status = main.cli()
+  return status, capsys.readouterr().err.strip().splitlines()
+
+
+def contents(folder):
+  """Returns {relative path: digest} of every file below a folder."""
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(pathlib.Path(folder).rglob('*')) if path.is_file()
+  }
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A workdir in which a tiny SiT has trained two steps."""
+  workdir = tmp_path_factory.mktemp('finished')
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['fmzoo', RECIPE, *SMALL, f'--workdir={workdir}'])
+    assert main.cli() == 0
+  return workdir
+
+
+# name: (arguments, words of the line); {workdir} has a finished run, {empty} has nothing.
+CASES = {
+  'unknown key': ((RECIPE, '--config.optim.lr=1'), ('lr',)),
+  'unknown section': ((RECIPE, '--config.optimizer.lr=1'), ('optimizer',)),
+  'not a number': ((RECIPE, '--config.run.steps=many'), ('run.steps', 'many')),
+  'not an integer': ((RECIPE, '--config.run.steps=1.5'), ('run.steps', '1.5')),
+  'unknown flag': ((RECIPE, '--wrokdir=x'), ('wrokdir',)),
+  'unknown command': (('trian', RECIPE), ('trian', 'train')),
+  'two commands': (('train', 'sample', RECIPE), ('train sample',)),
+  'no such recipe': (('--config=configs/sit_digit.py',), ('configs/sit_digit.py',)),
+  'no recipe at all': (('sample', '--workdir={empty}'), ('--config', 'config.json')),
+  'unknown method': ((RECIPE, '--config.method.name=gan'), ('method.name', 'gan', 'soflow')),
+  'unknown model': ((RECIPE, '--config.model.name=cnn'), ('model.name', 'cnn', 'dit')),
+  'unknown data': ((RECIPE, *SMALL, '--config.data.name=mnist', '--workdir={empty}'),
+                   ('data.name', 'mnist', 'digits')),
+  'unknown solver': ((RECIPE, '--config.sample.solver=rk9'), ('sample.solver', 'rk9', 'heun')),
+  'unknown schedule': ((RECIPE, '--config.optim.schedule=step'), ('optim.schedule', 'cosine')),
+  'unknown mesh mode': ((RECIPE, '--config.mesh.mode=pjit', '--workdir={empty}'),
+                        ('mesh.mode', 'pjit', 'pmap')),
+  'more devices than there are': ((RECIPE, '--config.mesh.data=99', '--workdir={empty}'),
+                                  ('mesh.data', '99', '8')),
+  'batch over devices': ((RECIPE, '--config.data.batch_size=50', '--workdir={empty}'),
+                         ('data.batch_size=50', '48 or 56')),
+  'batch over micro-batches': (
+    (RECIPE, '--config.mesh.data=1', '--config.data.batch_size=50',
+     '--config.optim.accumulate_steps=4', '--workdir={empty}'),
+    ('optim.accumulate_steps', '48 or 52')),
+  'empty batch': ((RECIPE, '--config.data.batch_size=0'), ('data.batch_size=0',)),
+  'patch': ((RECIPE, '--config.model.patch=3'), ('model.patch=3',)),
+  'heads': ((RECIPE, '--config.model.heads=3'), ('model.heads=3', '128')),
+  'segments beyond the batch': (
+    ('--config=configs/bfm_digits.py', '--config.data.batch_size=60', '--workdir={empty}'),
+    ('data.batch_size=60', '48 or 96')),
+  'guidance without dropped labels': (
+    ('--config=configs/soflow_digits.py', '--config.method.guidance=2.0',
+     '--config.method.label_dropout=0.0'), ('guidance', 'label_dropout')),
+  'another method': (
+    ('--config=configs/soflow_digits.py', *SMALL, '--workdir={workdir}'),
+    ('fm', 'soflow', 'workdir')),
+  'another width': (
+    (RECIPE, *SMALL, '--config.model.width=64', '--workdir={workdir}'), ('width', '32', '64')),
+  'another seed': ((RECIPE, *SMALL, '--config.run.seed=5', '--workdir={workdir}'), ('seed', '5')),
+  'unwritable workdir': ((RECIPE, *SMALL, '--workdir={workdir}/config.json'), ('config.json',)),
+  'no checkpoint': (('sample', RECIPE, *SMALL, '--workdir={empty}'), ('checkpoint', 'train')),
+  'no such step': (('sample', '--workdir={workdir}', '--step=7'), ('7', '2')),
+  'label out of range': (
+    ('sample', '--workdir={workdir}', '--config.sample.labels=3,10'), ('3,10', '0 to 9')),
+  'label not a number': (
+    ('sample', '--workdir={workdir}', '--config.sample.labels=seven'), ('seven', 'balanced')),
+  'no images': (('sample', '--workdir={workdir}', '--config.sample.num_images=0'),
+                ('sample.num_images=0',)),
+  'unknown weights': (
+    ('sample', '--workdir={workdir}', '--config.sample.weights=best'), ('best', 'ema')),
+  'nothing to measure': (('evaluate', '--workdir={workdir}'), ('eval.name', 'digits')),
+  'no samples file': (
+    ('evaluate', '--workdir={workdir}', '--config.eval.name=digits', '--samples={empty}/x.npz'),
+    ('x.npz',)),
+  'first stage missing': (
+    ('--config=configs/bfm_digits_frn.py', '--config.run.init_from={empty}/stage1',
+     '--config.data.batch_size=48', '--workdir={empty}'),
+    ('stage1',)),
+  'latents missing': (
+    ('--config=configs/bfm_xl.py', '--config.data.path={empty}/latents', '--workdir={empty}'),
+    ('data.path', 'latents')),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_bad_input_is_one_line(case, finished, tmp_path, monkeypatch, capsys):
+  arguments, words = CASES[case]
+  places = {'workdir': finished, 'empty': tmp_path}
+  before = contents(finished)
+  status, lines = call(monkeypatch, capsys, *(a.format(**places) for a in arguments))
+  assert status == 2, lines
+  assert len(lines) == 1 and lines[0].startswith('error: '), lines
+  for word in words:
+    assert word in lines[0], lines[0]
+  assert contents(finished) == before
+  assert not [name for name in contents(tmp_path) if not name.startswith('checkpoints')]
+
+
+def test_broken_stored_config_is_one_line(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'config.json').write_text('{"run": ')
+  status, lines = call(monkeypatch, capsys, 'sample', f'--workdir={tmp_path}')
+  assert status == 2 and len(lines) == 1 and 'config.json' in lines[0]
+
+
+def test_a_fault_of_fmzoo_is_not_dressed_up_as_bad_input(monkeypatch, capsys):
+  def fail(*_):
+    raise KeyError('a bug')
+
+  monkeypatch.setattr('fmzoo.build.recipe', fail)
+  with pytest.raises(KeyError):
+    call(monkeypatch, capsys, RECIPE)
+
+
+def test_stored_config_is_read_back(finished, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  from fmzoo import command_line
+
+  _, config, workdir, _ = command_line.parse(
+    ['fmzoo', 'sample', f'--workdir={finished}', '--config.sample.num_images=3']
+  )
+  assert config.model.width == 32 and config.sample.num_images == 3
+  assert workdir == str(finished)
+  assert config.to_dict()['log'] == json.loads(
+    (finished / 'config.json').read_text(), object_hook=lambda d: {
+      key: tuple(value) if isinstance(value, list) else value for key, value in d.items()
+    })['log']
+
+
+def test_help_and_import_are_quick():
+  """The bars are 2 s and 1.5 s on an idle machine; best of three, since this one may be busy."""
+  def seconds(*arguments):
+    times = []
+    for _ in range(3):
+      start = time.time()
+      result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+      )
+      times.append(time.time() - start)
+    return min(times), result.stdout
+
+  taken, text = seconds('-m', 'fmzoo.main', '--help')
+  assert taken < 2 and 'evaluate' in text and '--workdir' in text
+  assert seconds('-c', 'import fmzoo')[0] < 1.5
+
+
+def test_light_modules_need_jax_flax_optax_and_numpy_alone():
+  """What an accelerator machine runs must not reach for the data and logging packages."""
+  code = (
+    'import sys\n'
+    'class Refuse:\n'
+    '  def find_spec(self, name, path=None, target=None):\n'
+    '    if name.partition(".")[0] in ("grain", "tensorflow", "clu", "orbax", "sklearn", "PIL",'
+    ' "tensorflow_datasets", "ml_collections", "array_record", "tqdm"):\n'
+    '      raise ImportError(name)\n'
+    'sys.meta_path.insert(0, Refuse())\n'
+    'import fmzoo.build, fmzoo.step, fmzoo.inputs, fmzoo.cost\n'
+    'import fmzoo.methods.fm, fmzoo.methods.soflow, fmzoo.methods.bfm, fmzoo.methods.bfm_frn\n'
+    'import fmzoo.models.dit, fmzoo.models.blockwise, fmzoo.parallel.mesh, fmzoo.parallel.batch\n'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize('method', tiny.METHODS)
+def test_every_method_builds_from_its_recipe(method):
+  assert tiny.recipe(method).method_name == method

@@ -1,0 +1,128 @@
+"""The train step: one program, the same numbers on any layout, nothing frozen moves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmzoo import inputs, step
+from fmzoo.parallel import batch as batches
+from fmzoo.parallel import mesh as meshes
+from tests import tiny
+
+
+def run(method, devices, mode, steps=3, tx=None, accumulate=1):
+  """Trains a few steps and returns (state, losses, gradient norms) on the host."""
+  recipe = tiny.recipe(method)
+  tx = tx or recipe.tx
+  mesh = meshes.make(meshes.Config(data=devices, mode=mode))
+  whole = meshes.replicated(mesh)
+  init = functools.partial(step.init_state, recipe.method, tx)
+  state = init(jax.random.key(0))
+  state = jax.device_put(
+    state._replace(params=tiny.warm(state.params)), whole
+  )
+  train_step = meshes.compile_step(
+    lambda axis: step.make(
+      recipe.method, tx, inputs.make(1.0), ema_decay=0.9, accumulate_steps=accumulate,
+      axis_name=axis,
+    ), mesh, mode,
+  )
+  rows = (tiny.batch(48, seed=k) for k in range(steps))
+  metrics = []
+  for batch in batches.ahead(rows, mesh, mode):
+    state, values = train_step(state, batch, ())
+    metrics.append(jax.device_get(values))
+  keys = ('loss', 'grad_norm')
+  return jax.device_get(state._replace(rng=0)), [[float(m[k]) for k in keys] for m in metrics]
+
+
+@pytest.fixture(scope='module', params=tiny.METHODS)
+def reference(request):
+  """One device, jit, plain SGD: (method, state, metrics)."""
+  return request.param, *run(request.param, 1, 'jit', tx=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize('devices,mode', [(2, 'jit'), (8, 'jit'), (2, 'pmap'), (8, 'pmap')])
+def test_layout_changes_nothing(reference, devices, mode):
+  """SGD shows the scale of the gradient, which Adam would hide."""
+  method, state, metrics = reference
+  other, values = run(method, devices, mode, tx=optax.sgd(0.1))
+  np.testing.assert_allclose(values, metrics, rtol=1e-5)
+  for name, a, b in zip(('params', 'ema'), state[2:4], other[2:4]):
+    jax.tree.map(
+      lambda x, y, name=name: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name),
+      a, b,
+    )
+
+
+def test_micro_batches_give_the_gradient_of_the_batch(reference):
+  method, state, metrics = reference
+  other, values = run(method, 1, 'jit', tx=optax.sgd(0.1), accumulate=4)
+  np.testing.assert_allclose(values, metrics, rtol=1e-5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), state.params, other.params
+  )
+
+
+def test_frozen_leaves_do_not_move_and_are_not_averaged():
+  recipe = tiny.recipe('bfm_frn')
+  state = step.init_state(recipe.method, recipe.tx, jax.random.key(0))
+  state = state._replace(params=tiny.warm(state.params))
+  train_step = jax.jit(step.make(recipe.method, recipe.tx, inputs.make(1.0), ema_decay=0.9))
+  after, _ = train_step(state, tiny.batch(48), ())
+  mask = recipe.method.trainable(state.params)
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, after.params)
+  for use, equal in zip(jax.tree.leaves(mask), jax.tree.leaves(same)):
+    assert use or equal
+  assert not all(jax.tree.leaves(same['frn']))
+  assert jax.tree.leaves({k: v for k, v in after.ema.items() if k != 'frn'}) == []
+
+
+def test_a_bad_step_changes_nothing_and_is_counted():
+  recipe = tiny.recipe('fm')
+  state = step.init_state(recipe.method, recipe.tx, jax.random.key(0))
+  train_step = jax.jit(step.make(recipe.method, recipe.tx, inputs.make(1.0), ema_decay=0.9))
+  bad = tiny.batch(8)
+  bad['latent'][3, 0, 0, 0] = np.nan
+  first, metrics = train_step(state, bad, ())
+  second, _ = train_step(first, bad, ())
+  assert (int(first.bad_steps), int(second.bad_steps), int(second.step)) == (1, 2, 2)
+  assert not np.isfinite(metrics['loss'])
+  for name in ('params', 'ema', 'opt_state'):
+    jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(second, name))
+  third, _ = train_step(second, tiny.batch(8), ())
+  assert int(third.bad_steps) == 0
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, third.params)
+  assert any(jax.tree.leaves(moved))
+
+
+def test_ema_ramp_starts_near_the_parameters():
+  recipe = tiny.recipe('fm')
+  state = step.init_state(recipe.method, optax.sgd(0.1), jax.random.key(0))
+  make = functools.partial(step.make, recipe.method, optax.sgd(0.1), inputs.make(1.0))
+  after, _ = jax.jit(make(ema_decay=0.999, ema_ramp=True))(state, tiny.batch(8), ())
+  before, new = state.params['final']['bias'], after.params['final']['bias']
+  np.testing.assert_allclose(
+    after.ema['final']['bias'], before + 0.9 * (new - before), rtol=0, atol=1e-7
+  )
+
+
+def test_partition_and_merge_are_inverse():
+  tree = {'a': {'x': jnp.ones(2), 'y': jnp.zeros(3)}, 'b': jnp.ones(())}
+  mask = {'a': {'x': True, 'y': False}, 'b': True}
+  chosen, others = step.partition(tree, mask)
+  assert len(jax.tree.leaves(chosen)) == 2 and chosen['a']['y'] is None
+  jax.tree.map(np.testing.assert_array_equal, step.merge(chosen, others), tree)
+
+
+@pytest.mark.parametrize('period,count', [(1, 4), (3, 4), (6, 2)])
+def test_micro_batches_keep_the_place_of_a_row_in_its_group(period, count):
+  rows = np.arange(48)
+  parts = step.micro_batches(jnp.asarray(rows), count, period)
+  assert parts.shape == (count, 48 // count)
+  assert (parts % period == np.arange(48 // count) % period).all()
+  assert sorted(np.ravel(parts)) == list(rows)

@@ -1,0 +1,58 @@
+"""Tiny recipes and batches that tests share: width 32, two blocks, digits or random latents."""
+
+import jax
+import numpy as np
+
+from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_digits
+from fmzoo import build
+
+RECIPES = {
+  'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
+}
+METHODS = tuple(RECIPES)
+
+
+def config(method, **changes):
+  """Returns a digits config shrunk to test size; changes are dotted keys with __ for the dot."""
+  config = RECIPES[method].get_config()
+  config.model.update(width=32, heads=2, mlp_ratio=2.0)
+  config.data.batch_size = 48
+  config.run.update(steps=4, init_from='')
+  config.log.update(log_every_steps=2, preview_every_steps=0, checkpoint_every_steps=2)
+  config.sample.update(num_images=10, batch_size=10)
+  config.eval.num_images = 20
+  if method in ('bfm', 'bfm_frn'):
+    config.model.update(lora_width=8, segments=3, feature_depth=1, projector_width=16)
+    config.sample.num_steps = 2
+  else:
+    config.model.depth = 2
+  if method == 'fm':
+    config.sample.num_steps = 4
+  for key, value in changes.items():
+    section, _, name = key.partition('__')
+    config[section][name] = value
+  return config
+
+
+def recipe(method, **changes):
+  """Returns the Recipe of `config`."""
+  return build.recipe(config(method, **changes))
+
+
+def batch(size, latent_shape=(8, 8, 1), feature=(16, 64), seed=0):
+  """Returns random rows with every input that a method may ask for."""
+  rng = np.random.default_rng(seed)
+  return {
+    'latent': rng.standard_normal((size, *latent_shape)).astype(np.float32),
+    'label': rng.integers(0, 10, size).astype(np.int32),
+    'feature': rng.standard_normal((size, *feature)).astype(np.float32),
+  }
+
+
+def warm(params, seed=1):
+  """Returns params with noise on every leaf, so that no zero-initialised layer hides a fault."""
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return jax.tree.unflatten(structure, [
+    leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)
+  ])
