@@ -264,6 +264,15 @@ class Checkpoints:
     leaves, step, _ = self._newest_whole(steps if step is None else [step], select)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), step
 
+  def subtrees(self):
+    """Names of the top-level subtrees of the parameters in the newest readable checkpoint."""
+    for step in reversed(self.steps()):
+      meta, _ = _attempt(self._meta, step)
+      if meta is not None:
+        names = (name.split('.') for name in meta['leaves'])
+        return {parts[1] for parts in names if parts[0] == 'params'}
+    raise ValueError(f'no checkpoint in {self.directory}; train there first, or name another place.')
+
   def _newest_whole(self, steps, select):
     """Reads the newest step that can be trusted: (arrays, step, damaged newer steps).
 

@@ -183,8 +183,7 @@ def sample(recipe, workdir, at_step=None):
 def initial_params(recipe, mesh):
   """Returns fresh parameters with all that run.init_from holds in place of them.
 
-  A second stage starts so: the first stage's averaged weights, and its own new subtree. The other
-  run's config.json must have the same `model` and `data` but for what the new subtree needs.
+  A second stage starts so: the first stage's averaged weights, and its own new subtree.
 
   Raises:
     ValueError: if run.init_from has no checkpoint, or its shapes differ.
@@ -192,12 +191,9 @@ def initial_params(recipe, mesh):
   fresh = jax.jit(recipe.method.init, out_shardings=meshes.replicated(mesh))(
     jax.random.key(recipe.run.seed)
   )
-  abstract = abstract_params(recipe, mesh)
-  frozen = recipe.method.trainable(abstract)
-  wanted = {
-    name: tree for name, tree in abstract.items() if not all(jax.tree.leaves(frozen[name]))
-  }
   with open_checkpoints(recipe, recipe.run.init_from, identity={}) as checkpoints:
-    params, done = checkpoints.restore_params(wanted or abstract, ema=True)
+    held = checkpoints.subtrees()
+    wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
+    params, done = checkpoints.restore_params(wanted, ema=True)
   logging.info('parameters from step %d of %s', done, recipe.run.init_from)
   return {**fresh, **params}

@@ -1,0 +1,1 @@
+"""Rows in files to batches of numpy arrays; no jax here."""

@@ -1,0 +1,98 @@
+"""A source of rows to batches: shuffled, split over processes, at any position.
+
+The position is the step counter: what batch k holds is a function of the seed and k alone, so no
+iterator state is ever saved.
+"""
+
+import grain
+
+
+def batches(
+  source,
+  *,
+  batch_size,
+  seed,
+  start_step=0,
+  process_index=0,
+  process_count=1,
+  shuffle=True,
+  num_threads=2,
+):
+  """Yields this process's rows of the global batches start_step, start_step + 1, ... without end.
+
+  Global batch k is rows k B .. (k + 1) B - 1 of the epochs laid end to end, each with its own
+  order, the same for every number P of processes; process p holds its rows p B / P ..
+  (p + 1) B / P - 1 and reads no others.
+
+  Args:
+    source: rows by index: `len(source)`, `source[i]` -> {name: numpy array or scalar}.
+    batch_size: B, global.
+    seed: of the order, 0 or more.
+    start_step: k of the first batch.
+    process_index: p.
+    process_count: P; divides B.
+    shuffle: False keeps the source's order in every epoch.
+    num_threads: that read ahead; 0 reads in the caller's thread.
+
+  Returns:
+    Iterator of {name: [B / P, ...]} with a `close()` that ends the reading threads.
+
+  Raises:
+    ValueError: if there are no rows, or a number is out of range.
+  """
+  _check(source, batch_size, seed, start_step, process_index, process_count, num_threads)
+  rows = grain.MapDataset.source(source).seed(seed)
+  if shuffle:
+    rows = rows.shuffle()
+  # Batches of B / P first and every P-th of them afterwards: so each process gets contiguous rows
+  # of a global batch, which is how a global array is cut over hosts. Slicing is lazy.
+  local = rows.repeat().batch(batch_size // process_count, drop_remainder=True)
+  local = local[process_index::process_count][start_step:]
+  # An element is a batch here, and grain's default would hold 500 of them in memory.
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+  return iter(local.to_iter_dataset(options))
+
+
+def check_fit(source, *, latent_shape, num_classes, latent_scale):
+  """Compares what a source holds with what the config's section `data` says.
+
+  Args:
+    source: has the attributes `name` (for the message), `latent_shape`, `num_classes` and
+      `latent_scale`.
+    latent_shape: (H, W, C).
+    num_classes: labels are 0 .. num_classes - 1.
+    latent_scale: factor from stored moments to latents.
+
+  Raises:
+    ValueError: names the key, both values and what to set.
+  """
+  size = '(data.latent_size, data.latent_size, data.channels)'
+  for key, wanted, found in (
+    (size, tuple(latent_shape), tuple(source.latent_shape)),
+    ('data.num_classes', num_classes, source.num_classes),
+    ('data.latent_scale', latent_scale, source.latent_scale),
+  ):
+    if wanted != found:
+      raise ValueError(
+        f'{key}={wanted} does not fit {source.name}, which has {found}; set it to that or choose'
+        ' other data'
+      )
+
+
+def _check(source, batch_size, seed, start_step, process_index, process_count, num_threads):
+  """Raises ValueError for arguments of `batches` that make no sense."""
+  if len(source) < 1:
+    raise ValueError('the data set has no rows, at least 1 is needed; check data.name, data.path')
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process_index={process_index} must be from 0 to {process_count - 1}')
+  if batch_size < 1 or batch_size % process_count:
+    below = batch_size // process_count * process_count
+    sizes = f'{below} or {below + process_count}' if below > 0 else f'{process_count}'
+    raise ValueError(
+      f'data.batch_size={batch_size} cannot be split over {process_count} process(es); use {sizes}'
+    )
+  for key, value in (
+    ('run.seed', seed), ('start_step', start_step), ('data.num_threads', num_threads),
+  ):
+    if value < 0:
+      raise ValueError(f'{key}={value} must be 0 or more')

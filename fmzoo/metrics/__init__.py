@@ -1,0 +1,1 @@
+"""Images to numbers, and how the numbers came about."""

@@ -1,0 +1,167 @@
+"""Arrays to pictures on disk; a file is there complete or not at all."""
+
+import contextlib
+import math
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+TILE = 64  # least side of a picture in a grid, in pixels
+GAP = 2  # between pictures of a grid, in pixels
+GREY = 96  # of the gaps; neither the black nor the white of digits
+
+
+def to_uint8(x):
+  """Rounds [-1, 1] to 0 .. 255: clip(127.5 x + 128, 0, 255), then the fraction is cut off.
+
+  The same rule as the ADM evaluator's references; nan becomes 0.
+
+  Args:
+    x: float array.
+
+  Returns:
+    uint8 array of the same shape.
+  """
+  x = np.nan_to_num(np.asarray(x, np.float32), nan=-1.0)
+  return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
+
+
+def false_colour(latents):
+  """Shows the first three channels of latents as red, green and blue.
+
+  Each channel's 2nd to 98th percentile over all of `latents` spans 0 .. 255; a channel that is
+  flat or missing is grey.
+
+  Args:
+    latents: [B, H, W, C] float.
+
+  Returns:
+    [B, H, W, 3] uint8.
+  """
+  latents = np.nan_to_num(np.asarray(latents, np.float32)[..., :3], posinf=0.0, neginf=0.0)
+  low, high = np.percentile(latents, (2, 98), axis=(0, 1, 2))
+  scaled = 2 * (latents - low) / np.where(high > low, high - low, 1) - 1
+  scaled = np.where(high > low, scaled, 0.0)
+  return to_uint8(np.pad(scaled, [(0, 0)] * 3 + [(0, 3 - scaled.shape[-1])]))
+
+
+def viewable(x):
+  """Turns what a model made into pictures: grey or RGB as they are, latents in false colours.
+
+  Args:
+    x: [B, H, W, C] float, in [-1, 1] where C is 1 or 3.
+
+  Returns:
+    [B, H, W, 1 or 3] uint8.
+  """
+  return to_uint8(x) if x.shape[-1] in (1, 3) else false_colour(x)
+
+
+def grid(images, columns, scale=None):
+  """Lays pictures out in rows, with thin lines between them.
+
+  Args:
+    images: [B, H, W, 1 or 3] uint8.
+    columns: pictures in a row.
+    scale: each pixel becomes scale x scale; None makes the shorter side at least 64 pixels.
+
+  Returns:
+    [H', W', 1 or 3] uint8.
+  """
+  _check(images)
+  if columns < 1:
+    raise ValueError(f'columns={columns} must be at least 1')
+  count, height, width, channels = images.shape
+  scale = scale or math.ceil(TILE / min(height, width))
+  tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+  step_down, step_right = height * scale + GAP, width * scale + GAP
+  columns = min(columns, count)
+  rows = math.ceil(count / columns)
+  canvas = np.full([rows * step_down + GAP, columns * step_right + GAP, channels], GREY, np.uint8)
+  for index, tile in enumerate(tiles):
+    row, column = divmod(index, columns)
+    top, left = GAP + row * step_down, GAP + column * step_right
+    canvas[top : top + height * scale, left : left + width * scale] = tile
+  return canvas
+
+
+def save_grid(path, images, columns, scale=None):
+  """Writes the `grid` of pictures [B, H, W, 1 or 3] uint8 as a PNG."""
+  _save_png(path, grid(images, columns, scale))
+
+
+def save_folder(folder, images):
+  """Writes pictures [B, H, W, 1 or 3] uint8 as 00000.png, 00001.png, ... unscaled."""
+  _check(images)
+  for index, image in enumerate(images):
+    _save_png(pathlib.Path(folder) / f'{index:05d}.png', image)
+
+
+def save_npz(path, images, labels):
+  """Writes images in the ADM evaluator's form: arr_0 [B, H, W, C] uint8, labels [B] int32.
+
+  Args:
+    path: of the `.npz`.
+    images: [B, H, W, C], uint8 or float in [-1, 1].
+    labels: [B] int.
+  """
+  images = images if images.dtype == np.uint8 else to_uint8(images)
+  with _replacing(path) as file:
+    np.savez(file, arr_0=images, labels=np.asarray(labels, np.int32))
+
+
+def load_npz(path):
+  """Reads images and labels as `save_npz` writes them.
+
+  Returns:
+    images [B, H, W, C] uint8, labels [B] int32.
+
+  Raises:
+    ValueError: one line, if the file is missing, damaged or holds something else.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      images, labels = arrays['arr_0'], arrays['labels']
+  except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f'{path} cannot be read: {error}; expected an .npz with arr_0, uint8 [n, H, W, C], and'
+      ' labels, as the command `sample` writes it'
+    ) from error
+  if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+    raise ValueError(
+      f'{path} holds arr_0 {images.shape} {images.dtype} and labels {labels.shape}; expected'
+      ' uint8 [n, H, W, C] and [n]'
+    )
+  return images, labels.astype(np.int32)
+
+
+def _check(images):
+  if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
+    raise ValueError(
+      f'pictures are [B, H, W, 1 or 3] uint8 with B of at least 1, found {images.shape}'
+      f' {images.dtype}'
+    )
+
+
+def _save_png(path, image):
+  """Writes [H, W, 1 or 3] uint8."""
+  from PIL import Image
+
+  with _replacing(path) as file:
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
+
+
+@contextlib.contextmanager
+def _replacing(path):
+  """Opens a temporary file that takes the place of `path` if the block succeeds."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      yield file
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
