@@ -20,7 +20,7 @@ from fmzoo.parallel import mesh as meshes
 
 METHODS = ('fm', 'soflow', 'bfm', 'bfm_frn')  # fmzoo/methods/<name>.py
 MODELS = ('dit', 'blockwise')  # fmzoo/models/<name>.py
-DATA = ('digits', 'latents')  # fmzoo/data/<name>.py
+DATA = ('digits', 'latents')  # sources in fmzoo/data/<name>.py
 # What may change when a run goes on: everything but these keys, which decide what is learned.
 IDENTITY = ('data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size')
 NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')  # of a model; no part of what is learned
@@ -249,16 +249,15 @@ def source(data):
   Raises:
     ValueError: if the data are missing or do not fit the recipe.
   """
-  if data.name == 'digits':
-    from fmzoo.data import digits  # needs scikit-learn, which an accelerator machine may lack
+  from fmzoo.data import digits, latents, pipeline  # grain: an accelerator machine may lack it
 
-    rows = digits.DigitsSource()
-  elif data.name == 'latents':
-    from fmzoo.data import latents
-
-    rows = latents.LatentSource(data_path(data))
-  else:
+  if data.name not in DATA:
     raise ValueError(f"data.name='{data.name}' is unknown; use one of {', '.join(DATA)}")
+  rows = digits.DigitsSource() if data.name == 'digits' else latents.LatentSource(data_path(data))
+  pipeline.check_fit(
+    rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
+    latent_scale=data.latent_scale,
+  )
   return rows
 
 

@@ -16,7 +16,7 @@ GREY = 96  # of the gaps; neither the black nor the white of digits
 def to_uint8(x):
   """Rounds [-1, 1] to 0 .. 255: clip(127.5 x + 128, 0, 255), then the fraction is cut off.
 
-  The same rule as the ADM evaluator's references; nan becomes 0.
+  That is the nearest integer to 127.5 (x + 1), halves upwards. A nan becomes 0.
 
   Args:
     x: float array.
@@ -24,8 +24,8 @@ def to_uint8(x):
   Returns:
     uint8 array of the same shape.
   """
-  x = np.nan_to_num(np.asarray(x, np.float32), nan=-1.0)
-  return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
+  x = np.nan_to_num(np.clip(np.asarray(x, np.float32), -1, 1), nan=-1.0)
+  return (127.5 * x + 128).astype(np.uint8)
 
 
 def false_colour(latents):
@@ -138,7 +138,8 @@ def load_npz(path):
 
 
 def _check(images):
-  if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
+  shown = images.ndim == 4 and len(images) and images.shape[-1] in (1, 3)
+  if images.dtype != np.uint8 or not shown:
     raise ValueError(
       f'pictures are [B, H, W, 1 or 3] uint8 with B of at least 1, found {images.shape}'
       f' {images.dtype}'

@@ -15,4 +15,6 @@ fmzoo_environment() {  # $1: extras such as [test]
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${1:-}"
   PATH="$(cd "$venv/bin" && pwd):$PATH"
   export PATH
+  # A CPU step allocates its work space anew each time; in huge pages that costs a third less time.
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 }

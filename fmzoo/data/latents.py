@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import operator
 import os
 import pathlib
 import tempfile
@@ -71,7 +70,6 @@ class LatentSource:
     return self.manifest.count
 
   def __getitem__(self, index):
-    index = operator.index(index)
     if not 0 <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     try:
@@ -210,10 +208,14 @@ def _write_shard(file, records):
   """Writes records to one file and returns how many."""
   # Groups of 1 for random access; moments are noise to a compressor.
   writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
+  count = 0
   try:
-    return sum(1 for record in records if writer.write(record) or True)
+    for record in records:
+      writer.write(record)
+      count += 1
   finally:
     writer.close()
+  return count
 
 
 def _publish(path, partial, counts):

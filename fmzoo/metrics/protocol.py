@@ -1,5 +1,6 @@
 """Numbers on disk, never without how they came about."""
 
+import itertools
 import json
 import math
 import os
@@ -72,8 +73,8 @@ def _set_aside(folder, texts):
   present = {name for name in texts if (folder / name).exists()}
   if all((folder / name).read_text() == texts[name] + '\n' for name in present):
     return
-  count = sum(1 for _ in folder.glob('earlier_*'))
-  earlier = folder / f'earlier_{count + 1}'
+  names = (folder / f'earlier_{number}' for number in itertools.count(1))
+  earlier = next(name for name in names if not name.exists())
   earlier.mkdir()
   for name in sorted(present):
     os.replace(folder / name, earlier / name)

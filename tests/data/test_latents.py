@@ -1,0 +1,270 @@
+"""Latents survive the round trip, and a folder that is not what it says is refused in one line."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from fmzoo.data import latents, pipeline
+
+SHAPE = (4, 4, 2)
+COUNT = 10
+
+
+def some_rows(count=COUNT, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    {'moments': rng.standard_normal((4, 4, 4)).astype(np.float16), 'label': i % 5}
+    for i in range(count)
+  ]
+
+
+def write(path, rows=None, **changes):
+  """Writes three shards of 4, 4 and 2 rows."""
+  options = {
+    'latent_shape': SHAPE, 'num_classes': 5, 'vae': 'toy-vae', 'vae_hash': 'abc', 'scale': 0.18215,
+    'crop': 'centre 256', 'rows_per_shard': 4,
+  }
+  return latents.write_latents(path, some_rows() if rows is None else rows, **options | changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  write(tmp_path / 'latents')
+  return tmp_path / 'latents'
+
+
+def edit(folder, **changes):
+  """Changes the manifest as a careless hand would."""
+  file = folder / 'manifest.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32'])
+def test_rows_come_back_in_order(tmp_path, dtype):
+  rows = some_rows()
+  write(tmp_path, rows, dtype=dtype)
+  source = latents.LatentSource(tmp_path)
+  assert len(source) == COUNT
+  for want, have in zip(rows, source, strict=True):
+    assert have['moments'].dtype == np.float32 and have['label'].dtype == np.int32
+    assert have['label'].shape == ()
+    np.testing.assert_array_equal(have['moments'], want['moments'])
+    assert have['label'] == want['label']
+  latents.verify(tmp_path)
+
+
+def test_float32_moments_keep_every_digit(tmp_path):
+  rows = [{'moments': np.full((4, 4, 4), 1 / 3, np.float32), 'label': 0}]
+  write(tmp_path, rows, dtype='float32')
+  np.testing.assert_array_equal(
+    latents.LatentSource(tmp_path)[0]['moments'], rows[0]['moments']
+  )
+
+
+def test_manifest_says_what_the_folder_holds(folder):
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  assert manifest['version'] == 1 and manifest['count'] == COUNT
+  assert manifest['latent_shape'] == [4, 4, 2] and manifest['layout'] == 'HWC'
+  assert manifest['dtype'] == 'float16' and manifest['num_classes'] == 5
+  assert (manifest['vae'], manifest['vae_hash']) == ('toy-vae', 'abc')
+  assert manifest['scale'] == 0.18215 and manifest['crop'] == 'centre 256'
+  assert [shard['count'] for shard in manifest['shards']] == [4, 4, 2]
+  names = [f'latents-0000{i}-of-00003.array_record' for i in range(3)]
+  assert [shard['name'] for shard in manifest['shards']] == names
+  assert sorted(file.name for file in folder.iterdir()) == [*names, 'manifest.json']
+
+
+def test_records_are_raw_moments_and_a_label(folder):
+  """The layout on disk is a promise to other readers; it is read here without our code."""
+  from array_record.python import array_record_module
+
+  reader = array_record_module.ArrayRecordReader(
+    str(folder / 'latents-00001-of-00003.array_record')
+  )
+  assert 'group_size:1' in reader.writer_options_string()
+  assert 'uncompressed' in reader.writer_options_string()
+  record = reader.read([1])[0]
+  want = some_rows()[5]
+  assert len(record) == 4 * 4 * 4 * 2 + 4
+  np.testing.assert_array_equal(
+    np.frombuffer(record[:-4], '<f2').reshape(4, 4, 4), want['moments']
+  )
+  assert int.from_bytes(record[-4:], 'little') == want['label']
+
+
+def test_source_fits_its_own_shape_and_no_other(folder):
+  source = latents.LatentSource(folder)
+  fitting = {'latent_shape': SHAPE, 'num_classes': 5, 'latent_scale': 0.18215}
+  pipeline.check_fit(source, **fitting)
+  for change in ({'latent_shape': (32, 32, 4)}, {'num_classes': 1000}, {'latent_scale': 1.0}):
+    with pytest.raises(ValueError) as error:
+      pipeline.check_fit(source, **fitting | change)
+    (key, wanted), = change.items()
+    found = fitting[key]
+    for word in ('data.', str(wanted), str(found), f'data.path={folder}'):
+      assert word in str(error.value)
+
+
+def test_latents_go_through_the_pipeline_in_threads(folder):
+  batches = pipeline.batches(latents.LatentSource(folder), batch_size=5, seed=1, num_threads=3)
+  rows = some_rows()
+  seen = []
+  for _ in range(4):
+    batch = next(batches)
+    assert batch['moments'].shape == (5, 4, 4, 4) and batch['label'].shape == (5,)
+    for moments, label in zip(batch['moments'], batch['label']):
+      index = next(i for i, row in enumerate(rows) if (row['moments'] == moments).all())
+      assert label == index % 5
+      seen.append(index)
+  batches.close()
+  assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(COUNT))
+
+
+def test_source_travels_to_worker_processes(folder):
+  source = latents.LatentSource(folder)
+  source[0]
+  copy = pickle.loads(pickle.dumps(source))
+  np.testing.assert_array_equal(copy[7]['moments'], source[7]['moments'])
+
+
+def test_an_index_beyond_the_end_ends_iteration(folder):
+  for index in (COUNT, -1):
+    with pytest.raises(IndexError):
+      latents.LatentSource(folder)[index]
+
+
+def refused(path):
+  """Returns the one line that opening gives."""
+  with pytest.raises(ValueError) as error:
+    latents.LatentSource(path)
+  line = str(error.value)
+  assert '\n' not in line and f'data.path={path}' in line
+  return line
+
+
+def test_a_missing_folder_says_how_to_get_one(tmp_path):
+  line = refused(tmp_path / 'none')
+  assert 'is not a folder' in line and 'write_latents' in line and 'manifest.json' in line
+
+
+def test_a_missing_manifest_says_how_to_get_one(tmp_path):
+  line = refused(tmp_path)
+  assert 'holds no manifest.json' in line and 'write_latents' in line
+
+
+def test_a_missing_shard_is_named(folder):
+  (folder / 'latents-00001-of-00003.array_record').unlink()
+  line = refused(folder)
+  assert 'latents-00001-of-00003.array_record is missing' in line
+
+
+def test_a_truncated_shard_is_named(folder):
+  file = folder / 'latents-00002-of-00003.array_record'
+  size = file.stat().st_size
+  file.write_bytes(file.read_bytes()[:-100])
+  line = refused(folder)
+  assert f'{file.name} has {size - 100} bytes' in line and f'{size} bytes' in line
+  with pytest.raises(ValueError, match=file.name):
+    latents.verify(folder)
+
+
+def test_a_shard_of_the_right_size_but_no_content_is_named(folder):
+  file = folder / 'latents-00000-of-00003.array_record'
+  file.write_bytes(bytes(file.stat().st_size))
+  assert f'{file.name} has no readable end' in refused(folder)
+
+
+def test_a_shard_with_other_rows_is_named(folder):
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  shards = manifest['shards']
+  shards[0]['count'], shards[1]['count'] = 3, 5
+  edit(folder, shards=shards)
+  line = refused(folder)
+  assert f'{shards[0]["name"]} has 4 rows' in line and 'says 3' in line
+
+
+@pytest.mark.parametrize('changes,word', [
+  ({'count': 11}, 'count 11'),
+  ({'version': 2}, 'version 2'),
+  ({'layout': 'CHW'}, 'CHW'),
+  ({'dtype': 'bfloat16'}, 'bfloat16'),
+  ({'latent_shape': [32, 4]}, r'\[32, 4\]'),
+  ({'surprise': 1}, 'surprise'),
+  ({'shards': [{}]}, 'count'),
+  ({'shards': 3}, 'int'),
+])
+def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
+  edit(folder, **changes)
+  with pytest.raises(ValueError, match=word):
+    latents.LatentSource(folder)
+  refused(folder)
+
+
+@pytest.mark.parametrize('text', ['', '{"version": ', '[]', '{}', '{"version": 1}'])
+def test_a_torn_manifest_is_refused(folder, text):
+  (folder / 'manifest.json').write_text(text)
+  assert 'manifest.json cannot be used' in refused(folder)
+
+
+def test_records_of_another_length_are_refused(folder):
+  edit(folder, latent_shape=[4, 4, 4])
+  with pytest.raises(ValueError, match=r'row 2 has 132 bytes.*\(4, 4, 8\)'):
+    latents.LatentSource(folder)[2]
+
+
+def test_flipped_bytes_are_found_by_verify_and_by_reading(folder):
+  file = folder / 'latents-00001-of-00003.array_record'
+  content = bytearray(file.read_bytes())
+  at = bytes(content).index(some_rows()[5]['moments'].tobytes())
+  content[at : at + 8] = bytes(8)
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=f'{file.name} has checksum'):
+    latents.verify(folder)
+  source = latents.LatentSource(folder)
+  with pytest.raises(ValueError, match='row 5 is damaged.*verify'):
+    source[5]
+  source[4]
+
+
+def test_latents_are_never_written_over(folder):
+  before = (folder / 'manifest.json').read_bytes()
+  with pytest.raises(ValueError, match='holds latents already'):
+    write(folder)
+  assert (folder / 'manifest.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('row,words', [
+  ({'moments': np.zeros((4, 4, 2)), 'label': 0}, r'row 6 has moments \(4, 4, 2\).*\(4, 4, 4\)'),
+  ({'moments': np.zeros((4, 4, 4)), 'label': 5}, 'row 6 has label 5.*0 to 4'),
+  ({'moments': np.full((4, 4, 4), 1e6), 'label': 0}, 'row 6 .*float16.*float32'),
+  ({'moments': np.full((4, 4, 4), np.nan), 'label': 0}, 'row 6'),
+])
+def test_a_bad_row_leaves_nothing_behind(tmp_path, row, words):
+  rows = some_rows()
+  rows[6] = row
+  with pytest.raises(ValueError, match=words):
+    write(tmp_path, rows)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_was_stopped_can_start_again(tmp_path):
+  def stopping():
+    yield from some_rows()[:6]
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path, stopping())
+  refused(tmp_path)
+  write(tmp_path)
+  assert len(latents.LatentSource(tmp_path)) == COUNT
+
+
+@pytest.mark.parametrize('arguments,words', [
+  ({'rows': []}, 'no rows'),
+  ({'dtype': 'float64'}, 'float64.*float16 or float32'),
+])
+def test_nothing_to_write_is_refused(tmp_path, arguments, words):
+  with pytest.raises(ValueError, match=words):
+    write(tmp_path, **arguments)

@@ -1,0 +1,149 @@
+"""Batches are a function of seed and step, and the same rows however many processes share them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fmzoo.data import pipeline
+
+
+class Rows:
+  """Row i is {'latent': [2, 2, 1] full of i, 'label': i}; remembers what was read."""
+
+  name, latent_shape, num_classes, latent_scale = 'the toy rows', (2, 2, 1), 10, 1.0
+
+  def __init__(self, count):
+    self.count, self.read = count, []
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, index):
+    self.read.append(index)
+    return {'latent': np.full((2, 2, 1), index, np.float32), 'label': np.int32(index)}
+
+
+def take(number, count=10, batch_size=4, seed=0, **options):
+  """Returns the labels of the first batches."""
+  batches = pipeline.batches(Rows(count), batch_size=batch_size, seed=seed, **options)
+  labels = [batch['label'] for batch in itertools.islice(batches, number)]
+  batches.close()
+  return np.stack(labels)
+
+
+def test_rows_are_stacked_into_named_arrays():
+  batches = pipeline.batches(Rows(10), batch_size=4, seed=0)
+  batch = next(batches)
+  batches.close()
+  assert sorted(batch) == ['label', 'latent']
+  assert batch['latent'].shape == (4, 2, 2, 1) and batch['latent'].dtype == np.float32
+  assert batch['label'].shape == (4,) and batch['label'].dtype == np.int32
+  np.testing.assert_array_equal(batch['latent'][:, 0, 0, 0], batch['label'])
+
+
+def test_an_epoch_holds_each_row_once_and_the_next_has_another_order():
+  epochs = take(15).reshape(-1)[:60].reshape(6, 10)  # batches of 4 cross the borders
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(10))
+  assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_seed_decides_the_order():
+  np.testing.assert_array_equal(take(10, seed=3), take(10, seed=3))
+  assert (take(10, seed=3) != take(10, seed=4)).any()
+
+
+def test_unshuffled_rows_come_in_their_own_order():
+  labels = take(5, shuffle=False)
+  np.testing.assert_array_equal(labels.reshape(-1), np.tile(np.arange(10), 2))
+
+
+@pytest.mark.parametrize('num_threads', [0, 1, 2, 5])
+def test_a_later_start_gives_the_tail(num_threads):
+  whole = take(12)
+  for start in (1, 2, 7):
+    tail = take(12 - start, start_step=start, num_threads=num_threads)
+    np.testing.assert_array_equal(tail, whole[start:])
+
+
+def test_a_late_start_reads_nothing_before_it():
+  rows = Rows(10)
+  batches = pipeline.batches(rows, batch_size=4, seed=0, start_step=10**9, num_threads=0)
+  next(batches)
+  batches.close()
+  assert len(rows.read) == 4
+
+
+@pytest.mark.parametrize('process_count', [2, 4])
+@pytest.mark.parametrize('start_step', [0, 5])
+def test_processes_hold_contiguous_rows_of_the_one_process_batch(process_count, start_step):
+  whole = take(9, batch_size=8, start_step=start_step)
+  shares = [
+    take(9, batch_size=8, start_step=start_step, process_index=p, process_count=process_count)
+    for p in range(process_count)
+  ]
+  np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
+
+
+def test_a_process_reads_its_own_rows_only():
+  rows = Rows(40)
+  batches = pipeline.batches(
+    rows, batch_size=8, seed=0, process_index=1, process_count=4, num_threads=0
+  )
+  labels = np.concatenate([next(batches)['label'] for _ in range(5)])
+  batches.close()
+  assert rows.read == list(labels)
+
+
+def test_a_batch_may_be_larger_than_the_data():
+  labels = take(2, count=3, batch_size=12)
+  for epoch in labels.reshape(-1, 3):
+    assert sorted(epoch) == [0, 1, 2]
+
+
+def test_reading_ahead_is_bounded():
+  rows = Rows(1000)
+  batches = pipeline.batches(rows, batch_size=10, seed=0, num_threads=2)
+  next(batches)
+  batches.close()
+  assert len(rows.read) <= 10 * (2 * 2 + 2)
+
+
+def test_a_closed_iterator_gives_no_more():
+  batches = pipeline.batches(Rows(4), batch_size=2, seed=0)
+  next(batches)
+  batches.close()
+  with pytest.raises(ValueError, match='closed'):
+    next(batches)
+
+
+@pytest.mark.parametrize('changes,words', [
+  ({'source': Rows(0)}, 'no rows'),
+  ({'batch_size': 10, 'process_count': 4}, 'data.batch_size=10 .* 4 process.* 8 or 12'),
+  ({'batch_size': 2, 'process_count': 4}, 'data.batch_size=2 .* use 4'),
+  ({'batch_size': 0}, 'data.batch_size=0 .* use 1'),
+  ({'process_index': 2, 'process_count': 2}, 'process_index=2 .* 0 to 1'),
+  ({'seed': -1}, 'run.seed=-1'),
+  ({'start_step': -3}, 'start_step=-3'),
+  ({'num_threads': -1}, 'data.num_threads=-1'),
+])
+def test_bad_arguments_are_refused(changes, words):
+  arguments = {'source': Rows(10), 'batch_size': 4, 'seed': 0} | changes
+  with pytest.raises(ValueError, match=words):
+    pipeline.batches(arguments.pop('source'), **arguments)
+
+
+def test_a_fitting_recipe_passes():
+  pipeline.check_fit(Rows(1), latent_shape=(2, 2, 1), num_classes=10, latent_scale=1.0)
+
+
+@pytest.mark.parametrize('changes,words', [
+  ({'latent_shape': (4, 4, 1)}, r'data.latent_size.*\(4, 4, 1\).*toy rows.*\(2, 2, 1\)'),
+  ({'num_classes': 1000}, 'data.num_classes=1000.*toy rows.*10'),
+  ({'latent_scale': 0.18215}, 'data.latent_scale=0.18215.*1.0'),
+])
+def test_a_recipe_for_other_data_is_refused(changes, words):
+  arguments = {'latent_shape': (2, 2, 1), 'num_classes': 10, 'latent_scale': 1.0} | changes
+  with pytest.raises(ValueError, match=words):
+    pipeline.check_fit(Rows(1), **arguments)
