@@ -35,6 +35,7 @@ def get_config():
     'precision': 'default',
     'attention': 'xla',
     'remat': False,
+    'unroll': 4,
   })
   config.method = ConfigDict({
     'name': 'bfm',

@@ -6,6 +6,8 @@ Starts from the averaged weights in runs/bfm_digits (`--config.run.init_from` fo
 trains the FRN alone; its checkpoints hold the whole network, so sampling needs this workdir only.
 """
 
+from ml_collections import ConfigDict
+
 from configs import bfm_digits
 
 
@@ -15,6 +17,6 @@ def get_config():
   config.run.init_from = 'runs/bfm_digits'
   config.run.steps = 2000
   config.model.frn_depth = 1
-  config.method = {'name': 'bfm_frn', 'path': 'linear', 'label_dropout': 0.1}
+  config.method = ConfigDict({'name': 'bfm_frn', 'path': 'linear', 'label_dropout': 0.1})
   config.sample.sampler = 'ode_frn'
   return config

@@ -1,0 +1,444 @@
+"""SoFlow, solution flow models: one network learns where a point of the flow ends up.
+
+f(x_t, t, s) moves a point from time t to time s along the velocity ODE in one call. Two losses, on
+different rows of a batch: flow matching at s = t, and a consistency loss between f at t and at a
+middle time, made of two plain forward calls. Source: arXiv:2512.15657 and its official code.
+"""
+
+import dataclasses
+import fractions
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmzoo.methods import base, flow
+
+SOLUTIONS = ('euler', 'trig')
+SCHEDULES = ('const', 'linear', 'cosine', 'exponent')
+MIN_GAP = 1e-4  # least distance of t from s and from the middle time, official
+DECAY_RATE = 0.025  # of the guidance decay, official
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Settings of SoFlow; the official name in brackets where it is another."""
+
+  path: str  # noising path: 'linear' or 'trig'
+  solution: str  # a, b of f = a x + b NN: 'euler' or 'trig' (coefficient_type)
+  velocity_ratio: float  # share of rows for flow matching, the rest for consistency, in [0, 1]
+  total_steps: int  # K of the middle-time schedule
+  time_mean: tuple  # of the logit-normal times: flow matching t, consistency s, consistency t
+  time_std: tuple  # the same three
+  guidance: float  # omega, trained in; 1 is none (cfg_scale)
+  mix_ratio: float  # m: share of the guided target that is not the network's own velocity
+  guidance_decay_time: float  # tau: guidance fades for t > tau; 1 never (cfg_decay_time)
+  label_dropout: float  # probability of the null label; above 0 if and only if guided
+  weight_power: float  # p of the adaptive weight
+  weight_eps: float  # eps of the adaptive weight
+  middle_schedule: str  # r(k, K): 'const', 'linear', 'cosine', 'exponent' (l_schedule)
+  middle_initial: float  # r at k = 0
+  middle_final: float  # r at k = K
+
+
+def solution_coefficients(solution, t, s):
+  """Returns a, b of f(x, t, s) = a x + b NN(x, t, s), and their derivatives.
+
+    euler: a = 1,       b = s - t
+    trig:  a = cos(u),  b = sin(u),  u = pi (s - t) / 2
+
+  Args:
+    solution: 'euler' or 'trig'.
+    t: times; s: target times, of the same shape.
+
+  Returns:
+    (a, b, da/dt, da/ds, db/dt, db/ds), each like t.
+  """
+  if solution == 'euler':
+    one, zero = jnp.ones_like(t), jnp.zeros_like(t)
+    return one, s - t, zero, zero, -one, one
+  u, rate = jnp.pi / 2 * (s - t), jnp.pi / 2
+  cos, sin = jnp.cos(u), jnp.sin(u)
+  return cos, sin, rate * sin, -rate * sin, -rate * cos, rate * cos
+
+
+def solve(net, params, solution, x, t, s, labels):
+  """Moves points from t to s: f(x, t, s) = a x + b NN(x, t, t - s).
+
+  Args:
+    net: models.layers.Network with a duration input.
+    params: tree.
+    solution: 'euler' or 'trig'.
+    x: [B, H, W, C] at t; t, s: [B], s <= t; labels: [B] int32.
+
+  Returns:
+    [B, H, W, C] at s.
+  """
+  a, b, *_ = (flow.expand_as(c, x) for c in solution_coefficients(solution, t, s))
+  return a * x + b * net.apply(params, x, t, t - s, labels)
+
+
+def velocity_scale(solution):
+  """Returns db/ds at s = t: the velocity is this times NN(x, t, 0)."""
+  return 1.0 if solution == 'euler' else math.pi / 2
+
+
+def guidance_decay(t, decay_time):
+  """Returns the factor on the guidance at t: 1 up to decay_time, then 1 - exp(-0.025 q / (1 - q)).
+
+  q = (1 - t) / (1 - decay_time), at most 1 - 1e-6; decay_time 1 gives 1 everywhere.
+
+  Args:
+    t: [B]; decay_time: tau.
+
+  Returns:
+    [B] in [0, 1].
+  """
+  if decay_time >= 1:
+    return jnp.ones_like(t)
+  q = jnp.clip((1 - t) / (1 - decay_time), 0.0, 1 - 1e-6)
+  return jnp.where(t <= decay_time, 1.0, 1 - jnp.exp(-DECAY_RATE * q / (1 - q)))
+
+
+def middle_ratio(schedule, initial, final, step, total_steps):
+  """Returns r(k, K), the distance of the middle time from t in units of t - s.
+
+    const: e     linear: i + (e - i) k/K     cosine: e + (i - e)(1 + cos(pi k/K)) / 2
+    exponent: i (e / i)^(k/K)
+
+  Args:
+    schedule: one of SCHEDULES; initial: i; final: e.
+    step: k, traced or not; total_steps: K.
+
+  Returns:
+    [] float32.
+  """
+  done = jnp.asarray(step, jnp.float32) / total_steps
+  if schedule == 'const':
+    return jnp.full((), final, jnp.float32)
+  if schedule == 'linear':
+    return initial + (final - initial) * done
+  if schedule == 'cosine':
+    return final + (initial - final) * (1 + jnp.cos(jnp.pi * done)) / 2
+  return initial * jnp.exp(math.log(final / initial) * done)
+
+
+def middle_time(t, s, ratio):
+  """Returns min(t + (s - t) r, t - 1e-4), between s and t: all [B]."""
+  return jnp.minimum(t + (s - t) * ratio, t - MIN_GAP)
+
+
+def consistency_times(s_drawn, t_drawn):
+  """Orders a pair of drawn times: t = max(t, 1e-4), s = min(s, t - 1e-4); returns (t, s)."""
+  t = jnp.maximum(t_drawn, MIN_GAP)
+  return t, jnp.minimum(s_drawn, t - MIN_GAP)
+
+
+def guided_target(config, v_t, v_null, v_own, t):
+  """Returns m (v_t + d (omega - 1)(v_t - v_null)) + (1 - m) v_own, d = guidance_decay(t).
+
+  Guidance pushes the sample velocity, not a network output, away from the null velocity.
+  """
+  decay = flow.expand_as(guidance_decay(t, config.guidance_decay_time), v_t)
+  guided = v_t + decay * (config.guidance - 1) * (v_t - v_null)
+  return guided if config.mix_ratio == 1 else (
+    config.mix_ratio * guided + (1 - config.mix_ratio) * v_own
+  )
+
+
+def adaptive_weight(config, error):
+  """Returns 1 / (error + eps)^p without gradient: [B] -> [B]."""
+  return jax.lax.stop_gradient((error + config.weight_eps) ** -config.weight_power)
+
+
+def velocity_terms(config, v, target):
+  """Flow matching: w |v - target|^2 per row, w = 1 / (|b_s| (e + eps)^p).
+
+  Args:
+    config: Config.
+    v: predicted velocity [n, H, W, C], with gradient; target: the same shape, without.
+
+  Returns:
+    (terms [n], squared error e [n], weight [n]).
+  """
+  error = flow.row_mean((v - target) ** 2)
+  weight = adaptive_weight(config, error) / velocity_scale(config.solution)
+  return weight * error, error, weight
+
+
+def difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid):
+  """Returns q = (f(x_t, t, s) - f(x_mid, t_mid, s)) / (t - t_mid), x_mid = x_t + V (t_mid - t).
+
+  For 'euler' it is written as V - N_mid - (t - s) / (t - t_mid) (N_t - N_mid), in which the large
+  terms in x have cancelled on paper and cannot lose digits.
+
+  Args:
+    config: Config.
+    x_t: [n, H, W, C]; n_t, n_mid: the network at (x_t, t, s) and (x_mid, t_mid, s).
+    velocity: V, like x_t; t, s, t_mid: [n].
+
+  Returns:
+    Array like x_t.
+  """
+  gap = flow.expand_as(t - t_mid, x_t)
+  if config.solution == 'euler':
+    return velocity - n_mid - flow.expand_as(t - s, x_t) / gap * (n_t - n_mid)
+  a, b, *_ = solution_coefficients(config.solution, t, s)
+  a_mid, b_mid, *_ = solution_coefficients(config.solution, t_mid, s)
+  a, b, a_mid, b_mid = (flow.expand_as(c, x_t) for c in (a, b, a_mid, b_mid))
+  x_mid = x_t - velocity * gap
+  return (a * x_t + b * n_t - a_mid * x_mid - b_mid * n_mid) / gap
+
+
+def consistency_terms(config, n_t, quotient, t, s):
+  """Consistency: sign(b) mean(N_t q w) per row, w = 1 / (mean q^2 + eps)^p; gradient by N_t alone.
+
+  A linear surrogate: its value means nothing, its gradient is that of w |f_t - f_mid|^2 /
+  (2 |b| (t - t_mid)). The missing factor 2 against `velocity_terms` is the official code's.
+
+  Returns:
+    (terms [n], mean q^2 [n], weight [n]).
+  """
+  quotient = jax.lax.stop_gradient(quotient)
+  error = flow.row_mean(quotient**2)
+  weight = adaptive_weight(config, error)
+  _, b, *_ = solution_coefficients(config.solution, t, s)
+  return jnp.sign(b) * weight * flow.row_mean(n_t * quotient), error, weight
+
+
+class Rows(NamedTuple):
+  """All that a loss needs to know about its rows; s and t_mid matter in consistency rows only."""
+
+  x: jax.Array  # [B, H, W, C] data
+  noise: jax.Array  # [B, H, W, C]
+  labels: jax.Array | None  # [B] int32; None is the null label everywhere, and no guidance
+  dropped: jax.Array  # [B] bool, rows trained with the null label
+  t: jax.Array  # [B]
+  s: jax.Array  # [B], s <= t_mid < t
+  t_mid: jax.Array  # [B]
+
+
+def row_period(velocity_ratio):
+  """Returns (period, consistency rows in it), the smallest whole numbers in this ratio."""
+  ratio = fractions.Fraction(velocity_ratio).limit_denominator(64)
+  return ratio.denominator, ratio.denominator - ratio.numerator
+
+
+def row_groups(size, velocity_ratio):
+  """Returns (groups, consistency rows at the head of each group) of a batch.
+
+  Groups are as small as the ratio allows, so that every device has its share; a batch that does not
+  consist of whole groups is one group with floor(ratio size + 1e-6) rows of flow matching.
+  """
+  period, consistency = row_period(velocity_ratio)
+  if size % period == 0:
+    return size // period, consistency
+  return 1, size - math.floor(velocity_ratio * size + 1e-6)
+
+
+def loss_of_rows(config, net, num_classes, params, rows):
+  """Both losses of a batch whose every random number is given.
+
+    loss = (sum of velocity_terms over flow rows + sum of consistency_terms over the others) / B
+
+  Rows that can share a forward pass do: without gradient the null velocities of all rows and the
+  network's own velocity of the consistency rows (1.25 B rows at the ratio 3/4); with gradient every
+  row once (B); without gradient the consistency rows at the middle time (B / 4).
+
+  Args:
+    config: Config; net: models.layers.Network; num_classes: also the null label.
+    params: tree; rows: Rows.
+
+  Returns:
+    (loss [], {metric: []}).
+  """
+  size = rows.x.shape[0]
+  groups, count = row_groups(size, config.velocity_ratio)
+
+  def grouped(a):
+    return a.reshape(groups, -1, *a.shape[1:])
+
+  def flow_part(a):
+    return grouped(a)[:, count:].reshape(-1, *a.shape[1:])
+
+  def consistency_part(a):
+    return grouped(a)[:, :count].reshape(-1, *a.shape[1:])
+
+  def join(*parts):  # within the groups: no row moves to another device
+    return jnp.concatenate([grouped(a) for a in parts], axis=1).reshape(-1, *parts[0].shape[1:])
+
+  null = jnp.full((size,), num_classes, jnp.int32)
+  labels = null if rows.labels is None else jnp.where(rows.dropped, null, rows.labels)
+  guided = rows.labels is not None and config.guidance > 1
+  is_consistency = jnp.arange(size) % (size // groups) < count
+  x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
+  target = flow.velocity_target(config.path, rows.x, rows.noise, rows.t)  # v_t
+  scale, frozen = velocity_scale(config.solution), jax.lax.stop_gradient(params)
+  out = net.apply(
+    params, x_t, rows.t, jnp.where(is_consistency, rows.t - rows.s, 0.0), labels
+  )
+  if guided:
+    own = config.mix_ratio != 1 and count > 0
+    inputs = [(x_t, rows.t, jnp.zeros_like(rows.t), null)]
+    if own:
+      inputs.append(tuple(consistency_part(a) for a in (x_t, rows.t, 0 * rows.t, labels)))
+    free = scale * net.apply(frozen, *(join(*column) for column in zip(*inputs)))
+    v_null = grouped(free)[:, : size // groups].reshape(x_t.shape)
+    v_own = scale * out
+    if own:
+      own_of_consistency = grouped(free)[:, size // groups :].reshape(-1, *x_t.shape[1:])
+      v_own = join(own_of_consistency, flow_part(v_own))
+    kept = flow.expand_as(rows.dropped, x_t)
+    target = jnp.where(kept, target, guided_target(config, target, v_null, v_own, rows.t))
+  target = jax.lax.stop_gradient(target)
+  total, metrics = 0.0, {}
+  if count < size // groups:
+    terms, error, weight = velocity_terms(config, scale * flow_part(out), flow_part(target))
+    # An undropped row's target holds (1 - m) of the network itself, so its error is m times less.
+    shrunk = jnp.where(flow_part(rows.dropped), 1.0, config.mix_ratio if guided else 1.0)
+    total += jnp.sum(terms)
+    metrics |= {'flow/mse': error, 'flow/weight': weight, 'flow/mse_unscaled': error / shrunk**2}
+  if count:
+    x_t, t, s, t_mid, labels, velocity, n_t = (
+      consistency_part(a) for a in (x_t, rows.t, rows.s, rows.t_mid, labels, target, out)
+    )
+    x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
+    n_mid = net.apply(frozen, x_mid, t_mid, t_mid - s, labels)
+    quotient = difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid)
+    terms, error, weight = consistency_terms(config, n_t, quotient, t, s)
+    total += jnp.sum(terms)
+    metrics |= {'consistency/mse': error, 'consistency/weight': weight}
+  return total / size, {name: jnp.mean(value) for name, value in metrics.items()}
+
+
+def few_step_sample(net, params, config, x, labels, renoise):
+  """Generates with T network calls on the grid 1, 1 - 1/T, ..., 1/T.
+
+  With new noise (the paper): x <- f(x, t_i, 0), then a(t_{i+1}) x + b(t_{i+1}) noise_i, and at last
+  f(x, t_{T-1}, 0). Without: x <- f(x, t_i, t_{i+1}) down to 0.
+
+  Args:
+    net, params, config: as elsewhere.
+    x: [B, H, W, C] noise at t = 1.
+    labels: [B] int32.
+    renoise: [T - 1, B, H, W, C] new noise, or the number T for none.
+
+  Returns:
+    [B, H, W, C].
+  """
+  chained = isinstance(renoise, int)
+  steps = renoise if chained else renoise.shape[0] + 1
+  times = jnp.asarray([1 - i / steps for i in range(steps + 1)], jnp.float32)
+
+  def move(x, t, s):
+    full = functools.partial(jnp.full, labels.shape)
+    return solve(net, params, config.solution, x, full(t), full(s), labels)
+
+  def step(x, now):
+    t, t_next, noise = now
+    if chained:
+      return move(x, t, t_next), None
+    a, b, _, _ = flow.path_coefficients(config.path, t_next)
+    return a * move(x, t, 0.0) + b * noise, None
+
+  xs = (times[:-2], times[1:-1], jnp.zeros(steps - 1) if chained else renoise)
+  x, _ = jax.lax.scan(step, x, xs)
+  return move(x, times[-2], 0.0)
+
+
+def make(config, net, latent_shape, num_classes):
+  """Builds the method.
+
+  Args:
+    config: Config.
+    net: models.layers.Network with a duration input.
+    latent_shape: (H, W, C).
+    num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
+
+  Returns:
+    base.Method.
+
+  Raises:
+    ValueError: if a setting is unknown or contradicts another.
+  """
+  _check(config)
+
+  def loss(params, batch, rng, step):
+    """See `loss_of_rows`; times, noise and dropped labels are drawn per row."""
+    rng_noise, rng_flow, rng_s, rng_t, rng_drop = flow.split_rows(rng, 5)
+    x = batch['latent']
+    groups, count = row_groups(x.shape[0], config.velocity_ratio)
+    is_consistency = jnp.arange(x.shape[0]) % (x.shape[0] // groups) < count
+    drawn = [
+      flow.logit_normal_times(key, mean, std)
+      for key, mean, std in zip((rng_flow, rng_s, rng_t), config.time_mean, config.time_std)
+    ]
+    t, s = consistency_times(*drawn[1:])
+    t = jnp.where(is_consistency, t, drawn[0])
+    ratio = middle_ratio(
+      config.middle_schedule, config.middle_initial, config.middle_final, step, config.total_steps
+    )
+    rows = Rows(
+      x, flow.normal_like(rng_noise, x), batch['label'],
+      flow.draw_dropped(rng_drop, config.label_dropout), t, s, middle_time(t, s, ratio),
+    )
+    value, metrics = loss_of_rows(config, net, num_classes, params, rows)
+    return value, {**metrics, 'consistency/middle_ratio': ratio}
+
+  def sample(params, rng, labels, *, num_steps, renoise):
+    """Generates with num_steps network calls; guidance is in the weights, not in the sampler.
+
+    Args:
+      params: tree.
+      rng: keys [B].
+      labels: [B] int32.
+      num_steps: T, network calls.
+      renoise: whether to add new noise between calls (the paper) or to chain them.
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    keys = flow.split_rows(rng, num_steps)
+    like = jnp.zeros((labels.shape[0], *latent_shape))
+    noises = [flow.normal_like(key, like) for key in keys]
+    fresh = jnp.stack(noises[1:]) if num_steps > 1 else jnp.zeros((0, *like.shape))
+    return few_step_sample(
+      net, params, config, noises[0], labels, fresh if renoise else num_steps
+    )
+
+  return base.Method(
+    net.init, loss, sample, net.trainable, ('latent', 'label'),
+    period=row_period(config.velocity_ratio)[0],
+  )
+
+
+def _check(config):
+  """Refuses settings that are unknown or that the loss would silently ignore."""
+  for key, value, known in (
+    ('path', config.path, flow.PATHS),
+    ('solution', config.solution, SOLUTIONS),
+    ('middle_schedule', config.middle_schedule, SCHEDULES),
+  ):
+    if value not in known:
+      raise ValueError(f"method.{key}='{value}' is unknown; use one of {', '.join(known)}")
+  if not 0 <= config.velocity_ratio <= 1:
+    raise ValueError(f'method.velocity_ratio={config.velocity_ratio} must be from 0 to 1')
+  if not (0 < config.middle_final <= 1 and 0 < config.middle_initial <= 1):
+    raise ValueError(
+      f'method.middle_initial={config.middle_initial} and method.middle_final='
+      f'{config.middle_final} must be above 0 and at most 1'
+    )
+  if (config.guidance > 1) != (config.label_dropout > 0):
+    raise ValueError(
+      f'method.guidance={config.guidance} with method.label_dropout={config.label_dropout}:'
+      ' guidance above 1 needs dropped labels, and without guidance none are used; set'
+      ' label_dropout to 0.1, or guidance to 1 and label_dropout to 0'
+    )
+  if config.guidance <= 1 and (config.mix_ratio != 1 or config.guidance_decay_time != 1):
+    raise ValueError(
+      f'method.mix_ratio={config.mix_ratio} and method.guidance_decay_time='
+      f'{config.guidance_decay_time} do nothing without guidance; set both to 1.0, or'
+      ' method.guidance above 1'
+    )

@@ -1,0 +1,330 @@
+"""The network of BFM: one feature network, a small velocity network per time segment, and the
+residual network (FRN) that stands in for the feature network inside a segment.
+
+Source: arXiv:2510.21167 and its official code. Never materialised: the concatenation of condition
+and feature that modulates every token; its linear layers are split into a part per sample and a
+part per token, the same numbers for fewer products.
+"""
+
+import dataclasses
+from typing import Any, Callable, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmzoo import shapes
+from fmzoo.models import layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Sizes and numerics of the blockwise network."""
+
+  patch: int  # side of a square patch, latent pixels
+  width: int  # D, channels of a token
+  heads: int  # A; width / A must be a multiple of 4
+  mlp_ratio: float  # hidden width of an MLP over D
+  segments: int  # S, time segments, each with its own velocity blocks
+  segment_depth: int  # velocity blocks of a segment
+  feature_depth: int  # blocks of the feature network
+  frn_depth: int  # blocks of the residual network; 0 is none (stage 1)
+  lora_width: int  # width between the two layers of a low-rank modulation
+  feature_dim: int  # F, feature width of the frozen encoder that the projector predicts
+  projector_width: int  # hidden width of the projector; 2048 officially
+  dtype: Any  # of the large matrix products: 'float32' or 'bfloat16'
+  precision: str  # of float32 products: 'default', 'high', 'highest'
+  attention: str  # 'xla', or 'cudnn' (GPU and bfloat16 only)
+  remat: bool  # recompute blocks in the backward pass: less memory, one more forward pass
+  unroll: int  # blocks a loop iteration holds: 1 compiles fastest, all of them run faster on CPU
+
+
+class Blockwise(NamedTuple):
+  """The network as pure functions; c is the condition [B, D], f the feature tokens [B, N, D]."""
+
+  segments: int  # S
+  init: Callable  # (rng) -> params, float32
+  condition: Callable  # (params, t [B], labels [B]) -> c
+  features: Callable  # (params, x [B, H, W, C], c) -> f
+  project: Callable  # (params, f) -> [B, N, F], what aligns with the frozen encoder
+  residual: Callable  # (params, x, c) -> [B, N, D], what the FRN adds to a segment's first f
+  velocity: Callable  # (params, x, c, f, segment []) -> like x; one block, by lax.switch
+  velocity_by_row: Callable  # (params, x, c, f) -> like x; row i by the block of segment i mod S
+
+
+class PairLinear(nn.Module):
+  """A linear layer on the concatenation of a, the same for all tokens, and b: a W_a + b W_b + bias.
+
+  Args of the call: a [B, D], b [B, N, D]. Returns [B, N, width].
+  """
+
+  width: int
+  dtype: Any = jnp.float32
+  kernel_init: Callable = layers.xavier
+
+  @nn.compact
+  def __call__(self, a, b):
+    split = a.shape[-1]
+    kernel = self.param(
+      'kernel', self.kernel_init, (split + b.shape[-1], self.width), jnp.float32
+    )
+    bias = self.param('bias', layers.zeros, (self.width,), jnp.float32)
+    a, b, kernel, bias = (array.astype(self.dtype) for array in (a, b, kernel, bias))
+    per_sample = a @ kernel[:split] + bias[None]
+    per_token = b.reshape(-1, b.shape[-1]) @ kernel[split:]
+    return per_sample[:, None] + per_token.reshape(*b.shape[:-1], self.width)
+
+
+def _core(config):
+  return layers.TransformerBlock(
+    config.heads, config.mlp_ratio, config.dtype, qk_norm=True, attention=config.attention,
+    name='core',
+  )
+
+
+class FeatureBlock(nn.Module):
+  """Modulated per sample: low-rank of the block plus the share of all feature blocks."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x, active, shared, rotary):
+    low = layers.dense(self.config.lora_width, name='down')(active)
+    own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
+    return _core(self.config)(x, (own + shared)[:, None], rotary), None
+
+
+class VelocityBlock(nn.Module):
+  """Modulated per token, by condition and feature: low-rank plus the share of all segments."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x, active, active_feature, shared, rotary):
+    low = PairLinear(self.config.lora_width, name='down')(active, active_feature)
+    own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
+    return _core(self.config)(x, own + shared, rotary), None
+
+
+class ResidualBlock(nn.Module):
+  """Modulated per sample by a full layer, which the official code does not initialise to zero."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x, active, rotary):
+    modulation = layers.dense(6 * self.config.width, name='modulation')(active)
+    return _core(self.config)(x, modulation[:, None], rotary), None
+
+
+class Stack(nn.Module):
+  """`depth` equal blocks, one after the other; parameters stacked on a first axis."""
+
+  block: Any
+  config: Config
+  depth: int
+
+  @nn.compact
+  def __call__(self, x, *conditions):
+    block = nn.remat(self.block, prevent_cse=False) if self.config.remat else self.block
+    scanned = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=min(self.config.unroll, self.depth),
+    )
+    x, _ = scanned(self.config, name='blocks')(x, *conditions)
+    return x
+
+
+class Final(nn.Module):
+  """Norm, modulation per token, linear to patches of the velocity."""
+
+  config: Config
+  channels: int
+
+  @nn.compact
+  def __call__(self, x, active, active_feature):
+    config = self.config
+    modulation = PairLinear(2 * config.width, kernel_init=layers.zeros, name='modulation')
+    shift, scale = jnp.split(modulation(active, active_feature), 2, axis=-1)
+    linear = layers.dense(
+      config.patch**2 * self.channels, config.dtype, kernel_init=layers.zeros, name='linear'
+    )
+    return linear(layers.modulate(layers.layer_norm(x), shift, scale)).astype(jnp.float32)
+
+
+class Projector(nn.Module):
+  """Linear, SiLU, linear, SiLU, linear: feature tokens to the frozen encoder's width."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, f):
+    h = nn.silu(layers.dense(self.config.projector_width, self.config.dtype, name='in')(f))
+    h = nn.silu(layers.dense(self.config.projector_width, self.config.dtype, name='mid')(h))
+    return layers.dense(self.config.feature_dim, self.config.dtype, name='out')(h)
+
+
+class _Parts(NamedTuple):
+  """The Linen modules; each owns the subtree of its name in the parameters."""
+
+  time: Any
+  labels: Any
+  feature_patches: Any
+  feature_shared: Any  # g1, the modulation that all feature blocks share
+  feature_blocks: Any
+  projector: Any
+  velocity_patches: Any
+  velocity_shared: Any  # g2, the modulation that all velocity blocks share
+  segments: Any  # parameters stacked on a first axis of S
+  final: Any
+  frn: Any
+
+
+def _parts(config, channels, num_classes):
+  width, dtype = config.width, config.dtype
+  return _Parts(
+    time=layers.TimeEmbedding(width),
+    labels=layers.LabelEmbedding(num_classes, width),
+    feature_patches=layers.dense(width, dtype),
+    feature_shared=layers.dense(6 * width, dtype, kernel_init=layers.zeros),
+    feature_blocks=Stack(FeatureBlock, config, config.feature_depth),
+    projector=Projector(config),
+    velocity_patches=layers.dense(width, dtype),
+    velocity_shared=PairLinear(6 * width, dtype, kernel_init=layers.zeros),
+    segments=Stack(VelocityBlock, config, config.segment_depth),
+    final=Final(config, channels),
+    frn=Stack(ResidualBlock, config, config.frn_depth),
+  )
+
+
+def _init(parts, config, latent_shape, rotary, rng):
+  """Returns the parameters of all parts, {part: tree}."""
+  height, width, channels = latent_shape
+  patches = jnp.zeros((1, height * width // config.patch**2, config.patch**2 * channels))
+  c, f = jnp.zeros((1, config.width)), jnp.zeros((1, patches.shape[1], config.width))
+  shared = jnp.zeros((1, 6 * config.width))
+  inputs = {
+    'time': (jnp.zeros(1),),
+    'labels': (jnp.zeros(1, jnp.int32),),
+    'feature_patches': (patches,),
+    'feature_shared': (c,),
+    'feature_blocks': (f, c, shared, rotary),
+    'projector': (f,),
+    'velocity_patches': (patches,),
+    'velocity_shared': (c, f),
+    'segments': (f, c, f, shared[:, None], rotary),
+    'final': (f, c, f),
+    'frn': (f, c, rotary),
+  }
+  keys = dict(zip(inputs, jax.random.split(rng, len(inputs))))
+  if not config.frn_depth:
+    del inputs['frn']
+
+  def init(name, key):
+    return getattr(parts, name).init(key, *inputs[name])['params']
+
+  params = {name: init(name, keys[name]) for name in inputs if name != 'segments'}
+  of_segments = jax.random.split(keys['segments'], config.segments)
+  return params | {'segments': jax.vmap(lambda key: init('segments', key))(of_segments)}
+
+
+def make(config, latent_shape, num_classes):
+  """Builds the pure functions of the blockwise network.
+
+  Args:
+    config: Config.
+    latent_shape: (H, W, C); H = W, a multiple of the patch.
+    num_classes: the label table has one more row, for the null label.
+
+  Returns:
+    Blockwise.
+
+  Raises:
+    ValueError: if a size does not divide.
+  """
+  _check(config, latent_shape)
+  height, width, channels = latent_shape
+  rotary = layers.rotary_table(height // config.patch, config.width // config.heads)
+  parts = _parts(config, channels, num_classes)
+
+  def run(name, params, *args):
+    with jax.default_matmul_precision(config.precision):
+      return getattr(parts, name).apply({'params': params[name]}, *args)
+
+  def embed(name, params, x):
+    shapes.expect_shape('x', x, None, *latent_shape)
+    return run(name, params, layers.patchify(x, config.patch)).astype(jnp.float32)
+
+  def condition(params, t, labels):
+    return run('time', params, t) + run('labels', params, labels)
+
+  def features(params, x, c):
+    active = nn.silu(c)
+    shared = run('feature_shared', params, active).astype(jnp.float32)
+    return run(
+      'feature_blocks', params, embed('feature_patches', params, x), active, shared, rotary
+    )
+
+  def project(params, f):
+    return run('projector', params, f).astype(jnp.float32)
+
+  def residual(params, x, c):
+    return run('frn', params, embed('feature_patches', params, x), nn.silu(c), rotary)
+
+  def velocity_with(stack, params, x, c, f):
+    """The velocity network around `stack`: (tokens, SiLU c, SiLU f, shared) -> tokens."""
+    tokens = embed('velocity_patches', params, x)
+    active, active_feature = nn.silu(c), nn.silu(f)
+    shared = run('velocity_shared', params, active, active_feature).astype(jnp.float32)
+    tokens = stack(tokens, active, active_feature, shared)
+    out = run('final', params, tokens, active, active_feature)
+    return layers.unpatchify(out, config.patch, height, width)
+
+  def velocity(params, x, c, f, segment):
+    def block(index):
+      own = {'segments': jax.tree.map(lambda leaf: leaf[index], params['segments'])}
+      return lambda *args: run('segments', own, *args, rotary)
+
+    blocks = [block(index) for index in range(config.segments)]
+    return velocity_with(
+      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f
+    )
+
+  def velocity_by_row(params, x, c, f):
+    def group(rows):  # [B, ...] -> [S, B / S, ...]; rows stay on their device
+      return jnp.swapaxes(rows.reshape(-1, config.segments, *rows.shape[1:]), 0, 1)
+
+    def stack(*args):
+      out = jax.vmap(lambda own, *args: run('segments', {'segments': own}, *args, rotary))(
+        params['segments'], *(group(rows) for rows in args)
+      )
+      return jnp.swapaxes(out, 0, 1).reshape(args[0].shape)
+
+    return velocity_with(stack, params, x, c, f)
+
+  return Blockwise(
+    config.segments, lambda rng: _init(parts, config, latent_shape, rotary, rng),
+    condition, features, project, residual, velocity, velocity_by_row,
+  )
+
+
+def _check(config, latent_shape):
+  """Refuses sizes that do not divide."""
+  height, width, _ = latent_shape
+  if height != width or height % config.patch:
+    raise ValueError(
+      f'model.patch={config.patch} does not divide the latent {height}x{width}; use a divisor of'
+      ' its (equal) sides'
+    )
+  if config.width % config.heads or config.width // config.heads % 4:
+    raise ValueError(
+      f'model.width={config.width} over model.heads={config.heads} must be a multiple of 4, for the'
+      ' rotary embedding of two axes'
+    )
+  for key in ('segments', 'segment_depth', 'feature_depth'):
+    if getattr(config, key) < 1:
+      raise ValueError(f'model.{key}={getattr(config, key)} must be at least 1')
