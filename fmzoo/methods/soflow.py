@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmzoo.methods import base, flow
 
@@ -110,19 +111,23 @@ def middle_ratio(schedule, initial, final, step, total_steps):
 
   Args:
     schedule: one of SCHEDULES; initial: i; final: e.
-    step: k, traced or not; total_steps: K.
+    step: k, traced int32 or a plain int; total_steps: K.
 
   Returns:
-    [] float32.
+    [] float32; float64 for a plain int.
   """
-  done = jnp.asarray(step, jnp.float32) / total_steps
+  traced = isinstance(step, jax.Array)
+  xp, number = (jnp, jnp.float32) if traced else (np, np.float64)
+  # Steps left are exact whole numbers; 1 - k / K would lose digits where r is smallest.
+  done = xp.asarray(step, number) / total_steps
+  left = xp.asarray(total_steps - step, number) / total_steps
   if schedule == 'const':
-    return jnp.full((), final, jnp.float32)
+    return xp.asarray(final, number)
   if schedule == 'linear':
-    return initial + (final - initial) * done
+    return initial * left + final * done
   if schedule == 'cosine':
-    return final + (initial - final) * (1 + jnp.cos(jnp.pi * done)) / 2
-  return initial * jnp.exp(math.log(final / initial) * done)
+    return final + (initial - final) * xp.sin(xp.pi / 2 * left) ** 2
+  return initial * xp.exp(math.log(final / initial) * done)
 
 
 def middle_time(t, s, ratio):

@@ -1,0 +1,95 @@
+"""Official BFM weights (github.com/mlvlab/Blockwise-Flow-Matching) to our tree and back."""
+
+from fmzoo.convert import names
+
+
+def entries(config, channels):
+  """Returns the name map of a blockwise network.
+
+  Args:
+    config: models.blockwise.Config.
+    channels: C, of the latent.
+  """
+  patch = config.patch
+
+  def reorder(array, order):  # patch entries: official (C, P, P), ours (P, P, C), on the last axis
+    shape = (channels, patch, patch) if order == (1, 2, 0) else (patch, patch, channels)
+    lead = array.shape[:-1]
+    array = array.reshape(*lead, *shape)
+    axes = (*range(len(lead)), *(len(lead) + axis for axis in order))
+    return array.transpose(axes).reshape(*lead, -1)
+
+  def ours(array):
+    return reorder(array, (1, 2, 0))
+
+  def theirs(array):
+    return reorder(array, (2, 0, 1))
+
+  def embedder(official, path):
+    return [
+      names.Entry(
+        f'{official}.proj.weight', (path, 'kernel'), (),
+        lambda weight: ours(weight).T, lambda kernel: theirs(kernel.T),
+      ),
+      names.Entry(f'{official}.proj.bias', (path, 'bias'), (), names.same, names.same),
+    ]
+
+  found = [
+    *names.linear('t_embedder.mlp.0', ('time', 'in')),
+    *names.linear('t_embedder.mlp.2', ('time', 'out')),
+    names.Entry(
+      'y_embedder.embedding_table.weight', ('labels', 'table'), (), names.same, names.same
+    ),
+    *embedder('representation_x_embedder', 'feature_patches'),
+    *embedder('x_embedder', 'velocity_patches'),
+    *names.linear('linear_projection.0', ('projector', 'in')),
+    *names.linear('linear_projection.2', ('projector', 'mid')),
+    *names.linear('linear_projection.4', ('projector', 'out')),
+    *names.linear('global_adaLN_modulation.1', ('feature_shared',)),
+    *names.linear('global_adaLN_modulation2.1', ('velocity_shared',)),
+    *names.linear('final_layer.adaLN_modulation.1', ('final', 'modulation')),
+    names.Entry(
+      'final_layer.linear.weight', ('final', 'linear', 'kernel'), (),
+      lambda weight: ours(weight.T), lambda kernel: theirs(kernel).T,
+    ),
+    names.Entry('final_layer.linear.bias', ('final', 'linear', 'bias'), (), ours, theirs),
+  ]
+  low_rank = {'adaLN_modulation.1': 'down', 'adaLN_modulation.2': 'up'}
+  for i in range(config.feature_depth):
+    found += _block(f'representation_blocks.{i}', ('feature_blocks', 'blocks'), (i,), low_rank)
+  for s in range(config.segments):
+    for i in range(config.segment_depth):
+      found += _block(f'velocity_blocks.{s}.{i}', ('segments', 'blocks'), (s, i), low_rank)
+  for i in range(config.frn_depth):
+    found += _block(f'frn_blocks.{i}', ('frn', 'blocks'), (i,), {'adaLN_modulation.1': 'modulation'})
+  return found
+
+
+def _block(official, path, index, modulation):
+  """Returns the entries of one transformer block."""
+  found = []
+  for theirs, ours in (
+    ('attn.qkv', ('core', 'attn', 'qkv')), ('attn.proj', ('core', 'attn', 'proj')),
+    ('mlp.fc1', ('core', 'mlp', 'fc1')), ('mlp.fc2', ('core', 'mlp', 'fc2')),
+    *((theirs, (ours,)) for theirs, ours in modulation.items()),
+  ):
+    found += names.linear(f'{official}.{theirs}', (*path, *ours), index)
+  for norm in ('q_norm', 'k_norm'):
+    found.append(names.Entry(
+      f'{official}.attn.{norm}.weight', (*path, 'core', 'attn', norm, 'weight'), index,
+      names.same, names.same,
+    ))
+  return found
+
+
+def from_official(tensors, config, channels):
+  """Returns our tree; drops a leading 'module.' and '_orig_mod.' anywhere in a key."""
+  cleaned = {
+    key.removeprefix('module.').replace('_orig_mod.', ''): value for key, value in tensors.items()
+  }
+  return names.from_official(entries(config, channels), cleaned)
+
+
+def to_official(params, config, channels):
+  """Returns {official key: array} of our tree."""
+  return names.to_official(entries(config, channels), params)
