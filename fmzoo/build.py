@@ -11,6 +11,7 @@ import os
 import typing
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -204,7 +205,14 @@ def _sample_options(config, method):
   for name in names:
     if name not in config.sample:
       raise ValueError(f"sample.{name} is missing; the sampler of '{config.method.name}' needs it")
-  return {name: config.sample[name] for name in names}
+  options = {name: config.sample[name] for name in names}
+  # The sampler refuses what it cannot do while it is traced: now, and not at the first preview.
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  jax.eval_shape(
+    lambda params, keys, labels: method.sample(params, keys, labels, **options),
+    jax.eval_shape(method.init, jax.random.key(0)), keys, jax.ShapeDtypeStruct((1,), 'int32'),
+  )
+  return options
 
 
 def _identity(config):

@@ -60,6 +60,11 @@ def make(config, net, latent_shape, num_classes):
     Returns:
       [B, H, W, C] float32.
     """
+    if solver not in ode.INTEGRATORS or num_steps < 1:
+      raise ValueError(
+        f"sample.solver='{solver}' with sample.num_steps={num_steps}: use one of"
+        f' {", ".join(ode.INTEGRATORS)} and at least 1 step'
+      )
     x = flow.normal_like(rng, jnp.zeros((labels.shape[0], *latent_shape)))
 
     def velocity(x, t):

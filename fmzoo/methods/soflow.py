@@ -405,6 +405,8 @@ def make(config, net, latent_shape, num_classes):
     Returns:
       [B, H, W, C] float32.
     """
+    if num_steps < 1:
+      raise ValueError(f'sample.num_steps={num_steps} must be at least 1')
     keys = flow.split_rows(rng, num_steps)
     like = jnp.zeros((labels.shape[0], *latent_shape))
     noises = [flow.normal_like(key, like) for key in keys]
