@@ -161,6 +161,8 @@ def recipe(config):
 
 def _section(cls, config, name, drop=()):
   """Makes the dataclass of one section and names keys that are missing or not known."""
+  if name not in config:
+    raise ValueError(f"section '{name}' is missing in this config; configs/base.py has them all")
   values = {key: value for key, value in config[name].items() if key not in drop}
   types = {field.name: field.type for field in dataclasses.fields(cls)}
   for key in sorted(set(values) ^ set(types)):
@@ -217,15 +219,16 @@ def _sample_options(config, method):
 
 def _identity(config):
   """Returns the values that a checkpoint must share with the run that goes on from it."""
-  identity = {f'method.{key}': value for key, value in config.method.items()}
+  identity = {'method.name': config.method.name}  # first, since it says most where it differs
+  identity |= {f'method.{key}': value for key, value in sorted(config.method.items())}
   identity |= {
-    f'model.{key}': value for key, value in config.model.items() if key not in NUMERICS
+    f'model.{key}': value for key, value in sorted(config.model.items()) if key not in NUMERICS
   }
   identity.pop('method.total_steps', None)  # follows run.steps, which may be prolonged
   for dotted in (*IDENTITY, 'run.seed'):
     section, key = dotted.split('.')
     identity[dotted] = config[section][key]
-  return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(identity.items())}
+  return {key: list(v) if isinstance(v, tuple) else v for key, v in identity.items()}
 
 
 def optimizer(optim, steps):

@@ -6,6 +6,7 @@ A leaf is stored under its dotted path in the state (`params.blocks.qkv.kernel`)
 optimiser's empty state needs no place in the file. The data position is the step.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -267,9 +268,8 @@ class Checkpoints:
   def subtrees(self):
     """Names of the top-level subtrees of the parameters in the newest readable checkpoint."""
     for step in reversed(self.steps()):
-      meta, _ = _attempt(self._meta, step)
-      if meta is not None:
-        names = (name.split('.') for name in meta['leaves'])
+      with contextlib.suppress(_Damaged):  # restore_params says aloud what is wrong with it
+        names = (name.split('.') for name in _agreed(lambda step=step: self._meta(step))['leaves'])
         return {parts[1] for parts in names if parts[0] == 'params'}
     raise ValueError(f'no checkpoint in {self.directory}; train there first, or name another place.')
 

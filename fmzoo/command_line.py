@@ -90,7 +90,12 @@ def stored_config(argv):
       f'no recipe: give --config=configs/soflow_digits.py, say, or a --workdir=DIR with a'
       f' config.json (looked for {path})'
     )
-  return ConfigDict(tuples(json.loads(path.read_text())))
+  try:
+    return ConfigDict(tuples(json.loads(path.read_text())))
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'{path} is not a config: {error}; give --config=RECIPE to write it again'
+    ) from error
 
 
 def tuples(value):

@@ -10,6 +10,12 @@ import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Most of a test's time is compilation, and many tests compile the same programs.
+CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)  # for the processes that tests start
+jax.config.update('jax_compilation_cache_dir', str(CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 def pytest_addoption(parser):

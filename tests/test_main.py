@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = '--config=configs/sit_digits.py'
 SMALL = (
   '--config.model.width=32', '--config.model.heads=2', '--config.model.depth=1',
-  '--config.data.batch_size=16', '--config.run.steps=2', '--config.log.log_every_steps=1',
+  '--config.data.batch_size=32', '--config.run.steps=2', '--config.log.log_every_steps=1',
   '--config.log.preview_every_steps=0', '--config.eval.name=none',
 )
 
@@ -87,7 +87,7 @@ CASES = {
      '--config.method.label_dropout=0.0'), ('guidance', 'label_dropout')),
   'another method': (
     ('--config=configs/soflow_digits.py', *SMALL, '--workdir={workdir}'),
-    ('fm', 'soflow', 'workdir')),
+    ('method.name', 'fm', 'soflow', 'workdir')),
   'another width': (
     (RECIPE, *SMALL, '--config.model.width=64', '--workdir={workdir}'), ('width', '32', '64')),
   'another seed': ((RECIPE, *SMALL, '--config.run.seed=5', '--workdir={workdir}'), ('seed', '5')),

@@ -16,7 +16,7 @@ def config(method, **changes):
   """Returns a digits config shrunk to test size; changes are dotted keys with __ for the dot."""
   config = RECIPES[method].get_config()
   config.model.update(width=32, heads=2, mlp_ratio=2.0)
-  config.data.batch_size = 48
+  config.data.batch_size = 96
   config.run.update(steps=4, init_from='')
   config.log.update(log_every_steps=2, preview_every_steps=0, checkpoint_every_steps=2)
   config.sample.update(num_images=10, batch_size=10)
@@ -51,8 +51,7 @@ def batch(size, latent_shape=(8, 8, 1), feature=(16, 64), seed=0):
 
 def warm(params, seed=1):
   """Returns params with noise on every leaf, so that no zero-initialised layer hides a fault."""
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return jax.tree.unflatten(structure, [
-    leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)
-  ])
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32), params
+  )

@@ -1,6 +1,13 @@
-"""Official BFM weights (github.com/mlvlab/Blockwise-Flow-Matching) to our tree and back."""
+"""Official BFM weights (github.com/mlvlab/Blockwise-Flow-Matching) to our tree and back.
+
+The residual network (FRN) is in the weights of stage 2 only; those of stage 1 fit, too.
+"""
+
+import dataclasses
 
 from fmzoo.convert import names
+
+FRN_PREFIX = 'frn_blocks.'
 
 
 def entries(config, channels):
@@ -61,7 +68,8 @@ def entries(config, channels):
     for i in range(config.segment_depth):
       found += _block(f'velocity_blocks.{s}.{i}', ('segments', 'blocks'), (s, i), low_rank)
   for i in range(config.frn_depth):
-    found += _block(f'frn_blocks.{i}', ('frn', 'blocks'), (i,), {'adaLN_modulation.1': 'modulation'})
+    full = {'adaLN_modulation.1': 'modulation'}
+    found += _block(f'{FRN_PREFIX}{i}', ('frn', 'blocks'), (i,), full)
   return found
 
 
@@ -83,13 +91,31 @@ def _block(official, path, index, modulation):
 
 
 def from_official(tensors, config, channels):
-  """Returns our tree; drops a leading 'module.' and '_orig_mod.' anywhere in a key."""
+  """Builds our tree; drops '_orig_mod.' anywhere in a key and a leading 'module.'.
+
+  Args:
+    tensors: {official key: array}.
+    config: models.blockwise.Config.
+    channels: C, of the latent.
+
+  Returns:
+    Tree of arrays; without 'frn' if the tensors have none.
+
+  Raises:
+    ValueError: names every key that is missing or not expected.
+  """
   cleaned = {
-    key.removeprefix('module.').replace('_orig_mod.', ''): value for key, value in tensors.items()
+    key.replace('_orig_mod.', '').removeprefix('module.'): value for key, value in tensors.items()
   }
-  return names.from_official(entries(config, channels), cleaned)
+  has_frn = any(key.startswith(FRN_PREFIX) for key in cleaned)
+  return names.from_official(entries(_with_frn(config, has_frn), channels), cleaned)
 
 
 def to_official(params, config, channels):
-  """Returns {official key: array} of our tree."""
-  return names.to_official(entries(config, channels), params)
+  """Returns {official key: array} of our tree, with the FRN if the tree has one."""
+  return names.to_official(entries(_with_frn(config, 'frn' in params), channels), params)
+
+
+def _with_frn(config, has_frn):
+  """Returns the config of the weights at hand."""
+  return config if has_frn else dataclasses.replace(config, frn_depth=0)

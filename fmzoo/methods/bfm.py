@@ -310,8 +310,10 @@ def integrate(config, net, params, plan, x, labels, num_classes, *, guidance, sa
   def segment(x, steps):
     """First step with the full feature network; the others with it, too, or with the FRN."""
     t_start, t_end, any_guided, *steps = steps
-    first, rest = (jax.tree.map(lambda a, part=part: a[part], steps) for part in (0, slice(1, None)))
-    f_start = features_at(x, first[0], any_guided, net.features)
+    first, rest = [a[0] for a in steps], [a[1:] for a in steps]
+    # The FRN's later steps build on these features: the null half is there if any of them needs it.
+    both_halves = any_guided if sampler == 'ode_frn' else first[2]
+    f_start = features_at(x, first[0], both_halves, net.features)
     x = advance(x, first, f_start)
 
     def step(x, now):

@@ -65,7 +65,9 @@ def make(config, net, latent_shape, num_classes):
     ValueError: if the network has no residual network.
   """
   if 'frn' not in jax.eval_shape(net.init, jax.random.key(0)):
-    raise ValueError("model.frn_depth=0 has nothing to train for method.name='bfm_frn'; use 1 or more")
+    raise ValueError(
+      "model.frn_depth=0 has nothing to train for method.name='bfm_frn'; use 1 or more"
+    )
   edges = bfm.segment_edges(net.segments)
 
   def loss(params, batch, rng, step):
@@ -83,7 +85,10 @@ def make(config, net, latent_shape, num_classes):
     }
 
   def trainable(params):
-    return {name: jax.tree.map(lambda _: name == 'frn', tree) for name, tree in params.items()}
+    def all_leaves(tree, value):
+      return jax.tree.map(lambda _: value, tree)
+
+    return {name: all_leaves(tree, name == 'frn') for name, tree in params.items()}
 
   return base.Method(
     net.init, loss, bfm.make_sampler(config, net, latent_shape, num_classes), trainable,

@@ -21,6 +21,9 @@ SOLUTIONS = ('euler', 'trig')
 SCHEDULES = ('const', 'linear', 'cosine', 'exponent')
 MIN_GAP = 1e-4  # least distance of t from s and from the middle time, official
 DECAY_RATE = 0.025  # of the guidance decay, official
+METRICS = (
+  'flow/mse', 'flow/weight', 'flow/mse_unscaled', 'consistency/mse', 'consistency/weight'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def middle_ratio(schedule, initial, final, step, total_steps):
   """Returns r(k, K), the distance of the middle time from t in units of t - s.
 
     const: e     linear: i + (e - i) k/K     cosine: e + (i - e)(1 + cos(pi k/K)) / 2
-    exponent: i (e / i)^(k/K)
+    exponent: i (e / i)^(k/K), from the nearer end
 
   Args:
     schedule: one of SCHEDULES; initial: i; final: e.
@@ -127,7 +130,9 @@ def middle_ratio(schedule, initial, final, step, total_steps):
     return initial * left + final * done
   if schedule == 'cosine':
     return final + (initial - final) * xp.sin(xp.pi / 2 * left) ** 2
-  return initial * xp.exp(math.log(final / initial) * done)
+  # A float32 exponential loses digits in proportion to its exponent: half as many from either end.
+  log = math.log(final / initial)
+  return xp.where(done < left, initial * xp.exp(log * done), final * xp.exp(-log * left))
 
 
 def middle_time(t, s, ratio):
@@ -219,28 +224,158 @@ class Rows(NamedTuple):
   x: jax.Array  # [B, H, W, C] data
   noise: jax.Array  # [B, H, W, C]
   labels: jax.Array | None  # [B] int32; None is the null label everywhere, and no guidance
-  dropped: jax.Array  # [B] bool, rows trained with the null label
+  dropped: jax.Array  # [B] bool, rows trained with the null label; ignored without guidance
   t: jax.Array  # [B]
   s: jax.Array  # [B], s <= t_mid < t
   t_mid: jax.Array  # [B]
 
 
 def row_period(velocity_ratio):
-  """Returns (period, consistency rows in it), the smallest whole numbers in this ratio."""
+  """Returns (period, consistency rows in it), the smallest whole numbers in this ratio.
+
+  A ratio that is no fraction of at most 64 parts is replaced by the nearest one.
+  """
   ratio = fractions.Fraction(velocity_ratio).limit_denominator(64)
   return ratio.denominator, ratio.denominator - ratio.numerator
 
 
-def row_groups(size, velocity_ratio):
-  """Returns (groups, consistency rows at the head of each group) of a batch.
+def row_blocks(size, velocity_ratio):
+  """Returns [(groups, rows in a group, consistency rows at its head)] of a batch.
 
-  Groups are as small as the ratio allows, so that every device has its share; a batch that does not
-  consist of whole groups is one group with floor(ratio size + 1e-6) rows of flow matching.
+  First all whole groups of `row_period`, then what is left over as one short group. So a row's use
+  depends on its index alone, every device has its share, and floor(ratio size + 1e-6) rows are for
+  flow matching.
   """
-  period, consistency = row_period(velocity_ratio)
-  if size % period == 0:
-    return size // period, consistency
-  return 1, size - math.floor(velocity_ratio * size + 1e-6)
+  period, head = row_period(velocity_ratio)
+  rest = size % period
+  rest_head = rest - math.floor(velocity_ratio * rest + 1e-6)
+  blocks = [(size // period, period, head), (1, rest, rest_head)]
+  return [block for block in blocks if block[0] * block[1]]
+
+
+def consistency_rows(size, velocity_ratio):
+  """Returns which rows train the consistency loss: numpy bool [B]; the others flow matching."""
+  return np.concatenate([
+    np.tile(np.arange(rows) < head, groups)
+    for groups, rows, head in row_blocks(size, velocity_ratio)
+  ])
+
+
+def cut(a, sizes):
+  """Cuts rows [B, ...] into one array [groups, rows, ...] for each (groups, rows) of `sizes`."""
+  ends = np.cumsum([groups * rows for groups, rows in sizes])
+  return [
+    part.reshape(*size, *a.shape[1:]) for part, size in zip(jnp.split(a, ends[:-1]), sizes)
+  ]
+
+
+def join(blocks):
+  """Inverts `cut`: a list of [groups, rows, ...] -> [B, ...]."""
+  rows = [block.reshape(-1, *block.shape[2:]) for block in blocks]
+  return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+
+
+def split_batch(a, velocity_ratio):
+  """Returns the (consistency, flow) rows of a [B, ...]; slices alone, so none changes device."""
+  blocks = row_blocks(a.shape[0], velocity_ratio)
+  parts = cut(a, [block[:2] for block in blocks])
+  heads = [head for _, _, head in blocks]
+  return (
+    join([part[:, :head] for part, head in zip(parts, heads)]),
+    join([part[:, head:] for part, head in zip(parts, heads)]),
+  )
+
+
+def free_velocities(config, net, num_classes, params, rows):
+  """Predicts without gradient, in one call, the velocities that guided targets need.
+
+  Args:
+    config, net, num_classes, params: as in `loss_of_rows`.
+    rows: Rows with the labels of the gradient pass.
+
+  Returns:
+    (null velocity of all rows [B, H, W, C], own velocity of the consistency rows, [n, H, W, C]);
+    with mix_ratio = 1 nobody needs the second and n is 0.
+  """
+  blocks = row_blocks(rows.x.shape[0], config.velocity_ratio)
+  if config.mix_ratio == 1:
+    blocks = [(groups, count, 0) for groups, count, _ in blocks]
+  sizes = [block[:2] for block in blocks]
+
+  def extend(a, again):  # every group by its consistency rows: no row moves to another device
+    return join([
+      jnp.concatenate([one, two[:, :head]], axis=1)
+      for one, two, (_, _, head) in zip(cut(a, sizes), cut(again, sizes), blocks)
+    ])
+
+  x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
+  x_t, t = extend(x_t, x_t), extend(rows.t, rows.t)
+  labels = extend(jnp.full_like(rows.labels, num_classes), rows.labels)
+  v = net.apply(jax.lax.stop_gradient(params), x_t, t, jnp.zeros_like(t), labels)
+  parts = cut(
+    velocity_scale(config.solution) * v,
+    [(groups, count + head) for groups, count, head in blocks],
+  )
+  counts = [count for _, count in sizes]
+  return (
+    join([part[:, :count] for part, count in zip(parts, counts)]),
+    join([part[:, count:] for part, count in zip(parts, counts)]),
+  )
+
+
+def target_velocity(config, rows, v_null, v_own):
+  """Returns V, without gradient: `guided_target`, or v_t in rows without label or guidance.
+
+  Args:
+    config: Config; rows: Rows.
+    v_null: [n, H, W, C], or None without guidance; v_own: like v_null.
+
+  Returns:
+    [n, H, W, C].
+  """
+  v_t = flow.velocity_target(config.path, rows.x, rows.noise, rows.t)
+  if v_null is None:
+    return v_t
+  guided = guided_target(config, v_t, v_null, v_own, rows.t)
+  return jax.lax.stop_gradient(jnp.where(flow.expand_as(rows.dropped, v_t), v_t, guided))
+
+
+def flow_loss(config, rows, out, v_null):
+  """Flow matching of rows whose network output is given.
+
+  Args:
+    config: Config; rows: Rows.
+    out: NN(x_t, t, 0) [n, H, W, C], with gradient; v_null: as in `target_velocity`.
+
+  Returns:
+    (sum of `velocity_terms` [], {metric: [n]}).
+  """
+  v = velocity_scale(config.solution) * out
+  terms, error, weight = velocity_terms(config, v, target_velocity(config, rows, v_null, v))
+  # A guided row's target holds (1 - m) of the network itself, so its error is m times less.
+  shrunk = 1.0 if v_null is None else jnp.where(rows.dropped, 1.0, config.mix_ratio)
+  metrics = {'flow/mse': error, 'flow/weight': weight, 'flow/mse_unscaled': error / shrunk**2}
+  return jnp.sum(terms), metrics
+
+
+def consistency_loss(config, net, params, rows, n_t, v_null, v_own):
+  """Consistency of rows whose network output is given; one more call at the middle time.
+
+  Args:
+    config: Config; net: models.layers.Network; params: tree; rows: Rows.
+    n_t: NN(x_t, t, t - s) [n, H, W, C], with gradient; v_null, v_own: as in `target_velocity`.
+
+  Returns:
+    (sum of `consistency_terms` [], {metric: [n]}).
+  """
+  t, s, t_mid = rows.t, rows.s, rows.t_mid
+  x_t = flow.interpolate(config.path, rows.x, rows.noise, t)
+  velocity = target_velocity(config, rows, v_null, v_own)
+  x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
+  n_mid = net.apply(jax.lax.stop_gradient(params), x_mid, t_mid, t_mid - s, rows.labels)
+  quotient = difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid)
+  terms, error, weight = consistency_terms(config, n_t, quotient, t, s)
+  return jnp.sum(terms), {'consistency/mse': error, 'consistency/weight': weight}
 
 
 def loss_of_rows(config, net, num_classes, params, rows):
@@ -257,64 +392,33 @@ def loss_of_rows(config, net, num_classes, params, rows):
     params: tree; rows: Rows.
 
   Returns:
-    (loss [], {metric: []}).
+    (loss [], {metric: []}); the metrics of a loss without rows are 0.
   """
-  size = rows.x.shape[0]
-  groups, count = row_groups(size, config.velocity_ratio)
-
-  def grouped(a):
-    return a.reshape(groups, -1, *a.shape[1:])
-
-  def flow_part(a):
-    return grouped(a)[:, count:].reshape(-1, *a.shape[1:])
-
-  def consistency_part(a):
-    return grouped(a)[:, :count].reshape(-1, *a.shape[1:])
-
-  def join(*parts):  # within the groups: no row moves to another device
-    return jnp.concatenate([grouped(a) for a in parts], axis=1).reshape(-1, *parts[0].shape[1:])
-
-  null = jnp.full((size,), num_classes, jnp.int32)
-  labels = null if rows.labels is None else jnp.where(rows.dropped, null, rows.labels)
+  size, ratio = rows.x.shape[0], config.velocity_ratio
+  is_consistency = consistency_rows(size, ratio)
   guided = rows.labels is not None and config.guidance > 1
-  is_consistency = jnp.arange(size) % (size // groups) < count
+  null = jnp.full((size,), num_classes, jnp.int32)
+  labels = null if rows.labels is None else rows.labels
+  # Without guidance the official code ignores the mask of dropped labels, too.
+  rows = rows._replace(labels=jnp.where(rows.dropped, null, labels) if guided else labels)
   x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
-  target = flow.velocity_target(config.path, rows.x, rows.noise, rows.t)  # v_t
-  scale, frozen = velocity_scale(config.solution), jax.lax.stop_gradient(params)
-  out = net.apply(
-    params, x_t, rows.t, jnp.where(is_consistency, rows.t - rows.s, 0.0), labels
-  )
+  duration = jnp.where(is_consistency, rows.t - rows.s, 0.0)
+  n_t, out = split_batch(net.apply(params, x_t, rows.t, duration, rows.labels), ratio)
+  null_consistency = null_flow = v_own = None
   if guided:
-    own = config.mix_ratio != 1 and count > 0
-    inputs = [(x_t, rows.t, jnp.zeros_like(rows.t), null)]
-    if own:
-      inputs.append(tuple(consistency_part(a) for a in (x_t, rows.t, 0 * rows.t, labels)))
-    free = scale * net.apply(frozen, *(join(*column) for column in zip(*inputs)))
-    v_null = grouped(free)[:, : size // groups].reshape(x_t.shape)
-    v_own = scale * out
-    if own:
-      own_of_consistency = grouped(free)[:, size // groups :].reshape(-1, *x_t.shape[1:])
-      v_own = join(own_of_consistency, flow_part(v_own))
-    kept = flow.expand_as(rows.dropped, x_t)
-    target = jnp.where(kept, target, guided_target(config, target, v_null, v_own, rows.t))
-  target = jax.lax.stop_gradient(target)
-  total, metrics = 0.0, {}
-  if count < size // groups:
-    terms, error, weight = velocity_terms(config, scale * flow_part(out), flow_part(target))
-    # An undropped row's target holds (1 - m) of the network itself, so its error is m times less.
-    shrunk = jnp.where(flow_part(rows.dropped), 1.0, config.mix_ratio if guided else 1.0)
-    total += jnp.sum(terms)
-    metrics |= {'flow/mse': error, 'flow/weight': weight, 'flow/mse_unscaled': error / shrunk**2}
-  if count:
-    x_t, t, s, t_mid, labels, velocity, n_t = (
-      consistency_part(a) for a in (x_t, rows.t, rows.s, rows.t_mid, labels, target, out)
+    v_null, v_own = free_velocities(config, net, num_classes, params, rows)
+    null_consistency, null_flow = split_batch(v_null, ratio)
+  split = [split_batch(a, ratio) for a in rows]
+  of_consistency, of_flow = (Rows(*part) for part in zip(*split))
+  total, metrics = 0.0, dict.fromkeys(METRICS, jnp.zeros(1))
+  if not is_consistency.all():
+    value, found = flow_loss(config, of_flow, out, null_flow)
+    total, metrics = total + value, metrics | found
+  if is_consistency.any():
+    value, found = consistency_loss(
+      config, net, params, of_consistency, n_t, null_consistency, v_own
     )
-    x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
-    n_mid = net.apply(frozen, x_mid, t_mid, t_mid - s, labels)
-    quotient = difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid)
-    terms, error, weight = consistency_terms(config, n_t, quotient, t, s)
-    total += jnp.sum(terms)
-    metrics |= {'consistency/mse': error, 'consistency/weight': weight}
+    total, metrics = total + value, metrics | found
   return total / size, {name: jnp.mean(value) for name, value in metrics.items()}
 
 
@@ -374,8 +478,7 @@ def make(config, net, latent_shape, num_classes):
     """See `loss_of_rows`; times, noise and dropped labels are drawn per row."""
     rng_noise, rng_flow, rng_s, rng_t, rng_drop = flow.split_rows(rng, 5)
     x = batch['latent']
-    groups, count = row_groups(x.shape[0], config.velocity_ratio)
-    is_consistency = jnp.arange(x.shape[0]) % (x.shape[0] // groups) < count
+    is_consistency = consistency_rows(x.shape[0], config.velocity_ratio)
     drawn = [
       flow.logit_normal_times(key, mean, std)
       for key, mean, std in zip((rng_flow, rng_s, rng_t), config.time_mean, config.time_std)
@@ -430,13 +533,23 @@ def _check(config):
   ):
     if value not in known:
       raise ValueError(f"method.{key}='{value}' is unknown; use one of {', '.join(known)}")
-  if not 0 <= config.velocity_ratio <= 1:
-    raise ValueError(f'method.velocity_ratio={config.velocity_ratio} must be from 0 to 1')
-  if not (0 < config.middle_final <= 1 and 0 < config.middle_initial <= 1):
-    raise ValueError(
-      f'method.middle_initial={config.middle_initial} and method.middle_final='
-      f'{config.middle_final} must be above 0 and at most 1'
-    )
+  for key, fits, expected in (
+    ('velocity_ratio', 0 <= config.velocity_ratio <= 1, 'from 0 to 1'),
+    ('total_steps', config.total_steps >= 1, 'at least 1'),
+    ('time_mean', len(config.time_mean) == 3, '3 numbers: flow matching t, consistency s and t'),
+    ('time_std', len(config.time_std) == 3 and min(config.time_std) > 0,
+     '3 numbers above 0: flow matching t, consistency s and t'),
+    ('guidance', config.guidance >= 1, 'at least 1, which is none'),
+    ('mix_ratio', 0 < config.mix_ratio <= 1, 'above 0 and at most 1'),
+    ('guidance_decay_time', 0 <= config.guidance_decay_time <= 1, 'from 0 to 1'),
+    ('label_dropout', 0 <= config.label_dropout < 1, 'at least 0 and below 1'),
+    ('weight_power', config.weight_power >= 0, 'at least 0'),
+    ('weight_eps', config.weight_eps > 0, 'above 0'),
+    ('middle_initial', 0 < config.middle_initial <= 1, 'above 0 and at most 1'),
+    ('middle_final', 0 < config.middle_final <= 1, 'above 0 and at most 1'),
+  ):
+    if not fits:
+      raise ValueError(f'method.{key}={getattr(config, key)} must be {expected}')
   if (config.guidance > 1) != (config.label_dropout > 0):
     raise ValueError(
       f'method.guidance={config.guidance} with method.label_dropout={config.label_dropout}:'

@@ -9,19 +9,30 @@ from fmzoo.models import layers
 WIDTH = 64  # F, feature width
 
 
+def neighbourhoods(x):
+  """Gathers 3 x 3 pixels around each, zeros outside: [B, H, W, C] -> [B, H, W, 9 C].
+
+  A convolution is this and a linear layer; XLA's CPU compiler is slow at convolutions in a loop.
+  """
+  height, width = x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  shifts = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+  return jnp.concatenate(shifts, axis=-1)
+
+
 class DigitsEncoder(nn.Module):
-  """Three convolutions, one of stride 2: a 4 x 4 map of features, and class logits from its mean."""
+  """Three 3 x 3 convolutions, one of stride 2: a 4 x 4 map of features, class logits of its mean."""
 
   num_classes: int
 
   @nn.compact
   def __call__(self, images):
     """images [B, 8, 8, 1] in [-1, 1] -> (features [B, 16, F], logits [B, num_classes])."""
-    h = nn.gelu(nn.Conv(WIDTH // 2, (3, 3), name='conv1')(images))
-    h = nn.gelu(nn.Conv(WIDTH, (3, 3), strides=2, name='conv2')(h))
-    h = nn.gelu(nn.Conv(WIDTH, (3, 3), name='conv3')(h))  # [B, 4, 4, F]
+    h = nn.gelu(layers.dense(WIDTH // 2, name='conv1')(neighbourhoods(images)))
+    h = nn.gelu(layers.dense(WIDTH, name='conv2')(neighbourhoods(h)[:, ::2, ::2]))
+    h = nn.gelu(layers.dense(WIDTH, name='conv3')(neighbourhoods(h)))  # [B, 4, 4, F]
     features = layers.layer_norm(h.reshape(h.shape[0], -1, WIDTH))
-    return features, nn.Dense(self.num_classes, name='logits')(jnp.mean(features, axis=1))
+    return features, layers.dense(self.num_classes, name='logits')(jnp.mean(features, axis=1))
 
 
 def init(rng, num_classes):

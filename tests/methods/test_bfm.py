@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fmzoo import cost
-from fmzoo.methods import bfm, bfm_frn, flow
-from fmzoo.models import blockwise
+from fmzoo.methods import bfm, bfm_frn, flow, fm
+from fmzoo.models import blockwise, layers
 from tests import tiny
 
 STAGE1 = bfm.Config(path='linear', alignment_weight=0.05, label_dropout=0.1)
@@ -27,6 +27,8 @@ def net():
   made = blockwise.make(
     blockwise.Config(**{k: v for k, v in config.model.items() if k != 'name'}), (8, 8, 1), 10
   )
+  parts = {name: jax.jit(part) for name, part in made._asdict().items() if callable(part)}
+  made = made._replace(**parts)  # eagerly every call would compile its scan anew
   return made, tiny.warm(made.init(jax.random.key(0)))
 
 
@@ -160,7 +162,7 @@ def sampled_flops(net, **options):
 
 
 def test_cost_of_the_samplers(net):
-  """S n evaluations; FRN saves the feature network in all but a segment's first; guidance doubles."""
+  """S n evaluations; guidance doubles; the FRN saves the feature network but once a segment."""
   made, params = net
   x, c, f = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1, 32)), jnp.zeros((1, 16, 32))
   condition = cost.matmul_flops(made.condition, params, jnp.zeros(1), jnp.zeros(1, jnp.int32))
@@ -256,3 +258,82 @@ def test_stage_two_trains_the_residual_network_alone(net):
 def test_stage_two_without_a_residual_network_is_refused():
   with pytest.raises(ValueError, match='frn_depth'):
     tiny.recipe('bfm_frn', model__frn_depth=0, sample__sampler='ode')
+
+
+def test_one_segment_is_plain_flow_matching():
+  """With the same keys, to the last draw: the same times, noise, dropped labels and loss."""
+  config = tiny.config('bfm', model__segments=1)
+  made = blockwise.make(
+    blockwise.Config(**{k: v for k, v in config.model.items() if k != 'name'}), (8, 8, 1), 10
+  )
+  params = tiny.warm(jax.jit(made.init)(jax.random.key(0)))
+
+  def apply(params, x, t, duration, labels):
+    c = made.condition(params, t, labels)
+    return made.velocity(params, x, c, made.features(params, x, c), jnp.int32(0))
+
+  plain = fm.make(
+    fm.Config(path='linear', time_mean=0.0, time_std=0.0, label_dropout=0.1),
+    layers.Network(made.init, apply, None), (8, 8, 1), 10,
+  )
+  blocks = bfm.make(dataclasses.replace(STAGE1, alignment_weight=0.0), made, (8, 8, 1), 10)
+  keys = jax.random.split(jax.random.key(0), 5)
+  losses = [jax.jit(method.loss)(params, tiny.batch(5), keys, 0)[0] for method in (plain, blocks)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def recording_net(calls):
+  """Returns a network that does nothing but write down (part, rows, segment) of its calls."""
+  def part(name):
+    def run(params, x, *args):
+      segment = args[2] if name == 'velocity' else jnp.int32(-1)
+      jax.debug.callback(
+        lambda segment: calls.append((name, x.shape[0], int(segment))), segment, ordered=True
+      )
+      return x if name == 'velocity' else jnp.zeros((x.shape[0], 1, 1))
+
+    return run
+
+  return blockwise.Blockwise(
+    segments=3, init=None, condition=lambda params, t, labels: jnp.zeros((t.shape[0], 1)),
+    features=part('features'), project=None, residual=part('residual'), velocity=part('velocity'),
+    velocity_by_row=None,
+  )
+
+
+@pytest.mark.parametrize('sampler,sde_end', [
+  ('ode', 'corrected'), ('ode_frn', 'corrected'), ('sde', 'official')
+])
+@pytest.mark.parametrize('interval', [(0.0, 1.0), (0.4, 0.6), (0.2, 0.8), (1.5, 2.0)])
+def test_network_calls_of_a_run(sampler, sde_end, interval):
+  """An unguided step has one row an image; only the FRN asks for features it will need later."""
+  calls, expected = [], []
+  options = {
+    'num_steps': 3, 'guidance': 3.0, 'guidance_interval': interval, 'sampler': sampler,
+    'sde_end': sde_end,
+  }
+  sample = bfm.make_sampler(STAGE1, recording_net(calls), (8, 8, 1), 10)
+  run = jax.jit(lambda keys, labels: sample({'frn': None}, keys, labels, **options))
+  run(jax.random.split(jax.random.key(0), 1), jnp.zeros(1, jnp.int32)).block_until_ready()
+  jax.effects_barrier()
+  plan = bfm.plan_steps(bfm.segment_edges(3), 3, 3.0, interval, sampler, sde_end)
+  rows_of = np.where((interval[0] <= plan.t) & (plan.t <= interval[1]), 2, 1)
+  for segment, rows_of_steps in enumerate(rows_of):
+    for step, count in enumerate(rows_of_steps):
+      cached = sampler == 'ode_frn'
+      expected += [
+        ('residual', count, -1) if cached and step else
+        ('features', max(rows_of_steps) if cached else count, -1),
+        ('velocity', count, segment),
+      ]
+  assert calls == expected + (expected[-2:] if sde_end == 'official' else [])
+
+
+def test_an_image_depends_on_its_own_key_and_label(net):
+  sample = jax.jit(bfm.make_sampler(STAGE1, net[0], (8, 8, 1), 10), static_argnames=tuple(OPTIONS))
+  keys, labels = jax.random.split(jax.random.key(5), 2), jnp.asarray([3, 7], jnp.int32)
+  options = {**OPTIONS, 'sampler': 'sde', 'guidance': 2.0}
+  both = sample(net[1], keys, labels, **options)
+  swapped = sample(net[1], keys[::-1], labels[::-1], **options)
+  np.testing.assert_allclose(both, swapped[::-1], rtol=0, atol=1e-4)
+  assert np.abs(both[0] - both[1]).max() > 0.1

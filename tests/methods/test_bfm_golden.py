@@ -30,7 +30,9 @@ class Golden:
       attention='xla', remat=False, unroll=1,
     )
     shape = (c['context_size'], c['context_size'], c['in_channels'])
-    self.net = blockwise.make(self.settings, shape, c['num_classes'])
+    net = blockwise.make(self.settings, shape, c['num_classes'])
+    parts = {name: jax.jit(part) for name, part in net._asdict().items() if callable(part)}
+    self.net = net._replace(**parts)  # eagerly every call would compile its scan anew
     self.params = convert.from_official(
       load_file(folder / 'weights.safetensors'), self.settings, c['in_channels']
     )

@@ -43,6 +43,7 @@ def net():
   made = dit.make(
     dit.Config(**{k: v for k, v in config.model.items() if k != 'name'}), (8, 8, 1), 10
   )
+  made = made._replace(apply=jax.jit(made.apply))  # eagerly every call would compile its scan anew
   return made, tiny.warm(made.init(jax.random.key(0)))
 
 
@@ -102,32 +103,124 @@ def test_the_exact_operator_of_one_image_has_zero_loss():
   assert metrics['flow/mse'] > 1e-3 and metrics['consistency/mse'] > 1e-3 and gradient < -0.01
 
 
-@pytest.mark.parametrize('ratio', [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize('size', [1, 2, 3, 4, 7, 8, 12, 17])
-def test_row_groups_keep_the_ratio(size, ratio):
-  groups, count = soflow.row_groups(size, ratio)
-  assert size % groups == 0
-  assert size - groups * count == int(ratio * size + 1e-6)
+@pytest.mark.parametrize('ratio', [0.0, 0.25, 0.29, 0.5, 0.6, 0.75, 1.0])
+def test_every_batch_size_keeps_the_ratio(ratio):
+  for size in (*range(1, 18), 100):
+    chosen = soflow.consistency_rows(size, ratio)
+    assert chosen.shape == (size,)
+    assert size - chosen.sum() == int(ratio * size + 1e-6)
+    of_consistency, of_flow = soflow.split_batch(np.arange(size), ratio)
+    np.testing.assert_array_equal(of_consistency, np.flatnonzero(chosen))
+    np.testing.assert_array_equal(of_flow, np.flatnonzero(~chosen))
 
 
-def test_a_batch_is_the_mean_of_its_two_losses(net):
+@pytest.mark.parametrize('size', [4, 7, 8, 17])
+def test_the_use_of_a_row_depends_on_its_index_in_the_period(size):
+  np.testing.assert_array_equal(soflow.consistency_rows(size, 0.75), np.arange(size) % 4 == 0)
+  assert soflow.row_period(0.75) == (4, 1)
+  assert [soflow.row_period(r)[0] for r in (0.0, 1.0)] == [1, 1]
+
+
+def bend(params, x, t, duration, labels):
+  """A cheap network that depends on every input and not linearly on its two parameters."""
+  scale = (1 + t + 2 * duration) * (1 + 0.1 * labels)
+  return jnp.tanh(params[0] * x * flow.expand_as(scale, x)) * params[1]
+
+
+BEND = layers.Network(None, bend, None)
+
+
+def test_no_row_moves_to_another_device():
+  """A step on a batch cut over eight devices sums gradients and exchanges nothing else."""
+  mesh = jax.sharding.Mesh(jax.devices(), ('data',))
+  cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  given = jax.tree.map(lambda a: jax.device_put(a, cut), rows(32))
+  step = jax.jit(jax.grad(lambda p, r: soflow.loss_of_rows(GUIDED, BEND, 10, p, r)[0]))
+  program = step.lower(jnp.float32([0.5, 0.8]), given).compile().as_text()
+  assert 'all-reduce' in program
+  for word in ('all-gather', 'all-to-all', 'collective-permute'):
+    assert word not in program
+
+
+@pytest.mark.parametrize('size', [7, 8])
+@pytest.mark.parametrize('config', [CONFIG, GUIDED])
+def test_a_batch_is_the_mean_of_its_two_losses(config, size):
   """The joint loss on mixed rows equals the two losses on their own rows, gradients too."""
-  given = rows(8)
-  is_flow = np.arange(8) % 4 != 0
+  given, is_consistency = rows(size), soflow.consistency_rows(size, 0.75)
 
-  def loss(config, chosen):
-    part = jax.tree.map(lambda a: a[chosen], given)
-    return jax.value_and_grad(
-      lambda p: soflow.loss_of_rows(config, net[0], 10, p, part)[0]
-    )(net[1])
+  def loss(ratio, keep):
+    part = jax.tree.map(lambda a: a[keep], given)
+    one = dataclasses.replace(config, velocity_ratio=ratio)
+    return jax.jit(jax.value_and_grad(
+      lambda p: soflow.loss_of_rows(one, BEND, 10, p, part)[0]
+    ))(jnp.float32([0.5, 0.8]))
 
-  joint = loss(GUIDED, np.arange(8))
-  alone = [
-    loss(dataclasses.replace(GUIDED, velocity_ratio=ratio), chosen)
-    for ratio, chosen in ((1.0, is_flow), (0.0, ~is_flow))
-  ]
-  mixed = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *alone)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), joint, mixed)
+  share = is_consistency.mean()
+  alone = loss(0.0, is_consistency), loss(1.0, ~is_consistency)
+  for joint, first, second in zip(loss(0.75, np.ones(size, bool)), *alone):
+    np.testing.assert_allclose(joint, share * first + (1 - share) * second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('ratio,empty', [(0.0, 'flow/'), (1.0, 'consistency/')])
+def test_a_loss_without_rows_reports_zeros(ratio, empty):
+  config = dataclasses.replace(GUIDED, velocity_ratio=ratio)
+  _, metrics = soflow.loss_of_rows(config, BEND, 10, jnp.float32([0.5, 0.8]), rows(5))
+  assert set(metrics) == set(soflow.METRICS)
+  for name, value in metrics.items():
+    assert value.shape == () and (value == 0) == name.startswith(empty), name
+
+
+def test_the_mask_of_dropped_labels_is_ignored_without_guidance():
+  given, params = rows(8), jnp.float32([0.5, 0.8])
+
+  def loss(config, dropped):
+    changed = given._replace(dropped=np.full(8, dropped))
+    return float(soflow.loss_of_rows(config, BEND, 10, params, changed)[0])
+
+  assert loss(CONFIG, True) == loss(CONFIG, False)
+  assert loss(GUIDED, True) != loss(GUIDED, False)
+
+
+@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+def test_difference_quotient_is_its_definition(solution):
+  config = dataclasses.replace(CONFIG, solution=solution)
+  given = rows(6)
+  x, n_t, n_mid, velocity = (rows(6, seed=i).noise for i in range(4))
+  t, s, t_mid = (np.float64(a)[:, None, None, None] for a in (given.t, given.s, given.t_mid))
+
+  def solved(x, n, t):
+    u = np.pi / 2 * (s - t)
+    return x + (s - t) * n if solution == 'euler' else np.cos(u) * x + np.sin(u) * n
+
+  exact = (solved(x, n_t, t) - solved(x + velocity * (t_mid - t), n_mid, t_mid)) / (t - t_mid)
+  ours = soflow.difference_quotient(
+    config, x, n_t, n_mid, velocity, given.t, given.s, given.t_mid
+  )
+  np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+def test_consistency_gradient_is_that_of_the_squared_distance(solution):
+  """The gradient of mean over rows of w |f_t - f_mid|^2 / (2 |b| (t - t_mid)), f_mid constant."""
+  config = dataclasses.replace(CONFIG, solution=solution, velocity_ratio=0.0)
+  given, params = rows(6), jnp.float32([0.5, 0.8])
+  x_t = flow.interpolate('linear', given.x, given.noise, given.t)
+  gap = given.t - given.t_mid
+  x_mid = x_t - (given.noise - given.x) * flow.expand_as(gap, x_t)
+
+  def solve(p, x, t):
+    return soflow.solve(BEND, p, solution, x, t, given.s, given.labels)
+
+  def distance(p):
+    f_t, f_mid = solve(p, x_t, given.t), jax.lax.stop_gradient(solve(params, x_mid, given.t_mid))
+    square = flow.row_mean((f_t - f_mid) ** 2)
+    weight = jax.lax.stop_gradient(1 / (square / gap**2 + 0.01))
+    b = soflow.solution_coefficients(solution, given.t, given.s)[1]
+    return jnp.mean(weight * square / (2 * jnp.abs(b) * gap))
+
+  ours = jax.grad(lambda p: soflow.loss_of_rows(config, BEND, 10, p, given)[0])(params)
+  # d|f|^2/dp carries b, the surrogate sign(b): both are N_t's gradient times q w.
+  np.testing.assert_allclose(ours, jax.grad(distance)(params), rtol=1e-4)
 
 
 @pytest.mark.parametrize('config,no_grad', [(GUIDED, [10, 2]), (CONFIG, [2]),
@@ -162,17 +255,28 @@ def test_flops_of_a_guided_step_are_four_and_a_half_forward_units(net):
 
 
 @pytest.mark.parametrize('schedule', soflow.SCHEDULES)
-def test_middle_ratio_in_float32(schedule):
-  total = 1_200_000
-  for k in (0, 1, 999, 600_000, 1_199_999, 1_200_000):
-    exact = soflow.middle_ratio(schedule, 0.1, 0.002, k, total)
-    traced = jax.jit(
-      lambda k: soflow.middle_ratio(schedule, 0.1, 0.002, k, total)
-    )(jnp.int32(k))
-    np.testing.assert_allclose(traced, exact, rtol=1e-6)
+@pytest.mark.parametrize('initial,final,total', [
+  (0.1, 0.002, 1_200_000), (1.0, 0.0003125, 800_000),
+])
+def test_middle_ratio_in_float32(schedule, initial, final, total):
+  """The traced ratio against float64, over both official schedules and all their length."""
+  steps = np.unique(np.linspace(0, total, 5000).astype(np.int32))
+  traced = jax.jit(jax.vmap(
+    lambda k: soflow.middle_ratio(schedule, initial, final, k, total) * jnp.ones(())
+  ))(steps)
+  exact = [soflow.middle_ratio(schedule, initial, final, int(k), total) for k in steps]
+  np.testing.assert_allclose(traced, exact, rtol=1e-6)
   if schedule != 'const':
-    ends = [soflow.middle_ratio(schedule, 0.1, 0.002, k, total) for k in (0, total)]
-    np.testing.assert_allclose(ends, [0.1, 0.002], rtol=1e-12)
+    np.testing.assert_allclose((exact[0], exact[-1]), (initial, final), rtol=1e-12)
+
+
+def test_middle_time_stays_below_t():
+  t = jnp.float32([0.9, 0.5, 1e-4])
+  s = jnp.float32([0.1, 0.4999, 0.0])
+  np.testing.assert_allclose(soflow.middle_time(t, s, 0.1), [0.82, 0.4999, 0.0], atol=1e-6)
+  t, s = soflow.consistency_times(jnp.float32([0.7, 0.2, 0.0]), jnp.float32([0.5, 0.6, 0.0]))
+  np.testing.assert_allclose(t, [0.5, 0.6, 1e-4], atol=1e-7)
+  np.testing.assert_allclose(s, [0.4999, 0.2, 0.0], atol=1e-7)
 
 
 def test_guidance_decay_values():
@@ -184,12 +288,13 @@ def test_guidance_decay_values():
   np.testing.assert_array_equal(soflow.guidance_decay(t, 1.0), 1)
 
 
-def test_dropped_rows_are_trained_without_guidance(net):
+def test_dropped_rows_are_trained_without_guidance():
   """A dropped row's loss is that of an unguided row with the null label."""
   config = dataclasses.replace(GUIDED, velocity_ratio=1.0)
   given = rows(4)._replace(dropped=np.ones(4, bool))
-  guided = soflow.loss_of_rows(config, net[0], 10, net[1], given)[0]
-  plain = soflow.loss_of_rows(config, net[0], 10, net[1], given._replace(labels=None))[0]
+  params = jnp.float32([0.5, 0.8])
+  guided = soflow.loss_of_rows(config, BEND, 10, params, given)[0]
+  plain = soflow.loss_of_rows(config, BEND, 10, params, given._replace(labels=None))[0]
   np.testing.assert_allclose(guided, plain, rtol=1e-6)
 
 
@@ -226,6 +331,12 @@ def test_chained_sampling_with_exact_velocity_is_exact():
   ({'middle_schedule': 'step'}, 'middle_schedule'), ({'velocity_ratio': 1.2}, '1.2'),
   ({'guidance': 2.0}, 'label_dropout'), ({'label_dropout': 0.1}, 'guidance'),
   ({'mix_ratio': 0.5}, 'mix_ratio'), ({'middle_final': 0.0}, 'middle_final'),
+  ({'mix_ratio': 0.0}, 'mix_ratio=0.0'), ({'guidance': 0.5}, 'guidance=0.5'),
+  ({'time_mean': (0.0,)}, 'time_mean'), ({'time_std': (1.0, 1.0)}, 'time_std'),
+  ({'time_std': (1.0, 0.0, 1.0)}, 'time_std'), ({'total_steps': 0}, 'total_steps=0'),
+  ({'weight_eps': 0.0}, 'weight_eps=0.0'), ({'weight_power': -1.0}, 'weight_power=-1.0'),
+  ({'label_dropout': 1.0}, 'label_dropout=1.0'), ({'guidance_decay_time': 1.5}, '1.5'),
+  ({'middle_initial': 2.0}, 'middle_initial=2.0'),
 ])
 def test_contradictions_are_refused(changes, word):
   with pytest.raises(ValueError, match=word):
