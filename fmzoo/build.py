@@ -24,7 +24,8 @@ MODELS = ('dit', 'blockwise')  # fmzoo/models/<name>.py
 DATA = ('digits', 'latents')  # sources in fmzoo/data/<name>.py
 # What may change when a run goes on: everything but these keys, which decide what is learned.
 IDENTITY = ('data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size')
-NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')  # of a model; no part of what is learned
+# Fields of a model that are no part of what is learned.
+NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,7 @@ def _identity(config):
 
 
 def optimizer(optim, steps):
-  """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and clipping of the gradient."""
+  """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and gradient clipping."""
   if optim.schedule not in ('constant', 'cosine'):
     raise ValueError(f"optim.schedule='{optim.schedule}' is unknown; use 'constant' or 'cosine'")
 

@@ -271,7 +271,9 @@ class Checkpoints:
       with contextlib.suppress(_Damaged):  # restore_params says aloud what is wrong with it
         names = (name.split('.') for name in _agreed(lambda step=step: self._meta(step))['leaves'])
         return {parts[1] for parts in names if parts[0] == 'params'}
-    raise ValueError(f'no checkpoint in {self.directory}; train there first, or name another place.')
+    raise ValueError(
+      f'no checkpoint in {self.directory}; train there first, or name another place.'
+    )
 
   def _newest_whole(self, steps, select):
     """Reads the newest step that can be trusted: (arrays, step, damaged newer steps).

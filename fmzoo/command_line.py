@@ -66,7 +66,9 @@ def parse(argv):
   try:
     _, *positional = values(argv)
     config = values.config
-  except (flags.Error, AttributeError, KeyError, TypeError, ImportError, OSError, ValueError) as error:
+  except (
+    flags.Error, AttributeError, KeyError, TypeError, ImportError, OSError, ValueError
+  ) as error:
     raise ValueError(f'{error} (known keys: configs/base.py; --help shows the flags)') from error
   command = positional[0] if positional else 'train'
   if len(positional) > 1 or command not in COMMANDS:

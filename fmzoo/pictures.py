@@ -102,14 +102,20 @@ def save_folder(folder, images):
 def save_npz(path, images, labels):
   """Writes images in the ADM evaluator's form: arr_0 [B, H, W, C] uint8, labels [B] int32.
 
+  What has neither 1 nor 3 channels is a latent and no image yet: it is written as it is, float32,
+  under the name `latents`.
+
   Args:
     path: of the `.npz`.
-    images: [B, H, W, C], uint8 or float in [-1, 1].
+    images: [B, H, W, C], uint8 or float in [-1, 1]; or latents.
     labels: [B] int.
   """
-  images = images if images.dtype == np.uint8 else to_uint8(images)
+  if images.shape[-1] not in (1, 3):
+    arrays = {'latents': np.asarray(images, np.float32)}
+  else:
+    arrays = {'arr_0': images if images.dtype == np.uint8 else to_uint8(images)}
   with _replacing(path) as file:
-    np.savez(file, arr_0=images, labels=np.asarray(labels, np.int32))
+    np.savez(file, **arrays, labels=np.asarray(labels, np.int32))
 
 
 def load_npz(path):

@@ -41,6 +41,7 @@ def train(recipe, workdir):
     pathlib.Path(workdir) / 'checkpoints', identity=recipe.identity,
     keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps,
   )
+  begun = time.time()
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
@@ -68,6 +69,10 @@ def train(recipe, workdir):
       if stopping:
         logging.warning('stopped by SIGTERM after step %d; the same command goes on', done)
         break
+  logging.info(
+    'steps %d to %d took %.1f minutes, previews and evaluation included: %s',
+    start, int(state.step), (time.time() - begun) / 60, workdir,
+  )
   return state
 
 

@@ -1,12 +1,12 @@
-"""What every test runs under: eight simulated devices, strict ranks, one folder of golden numbers."""
+"""What every test runs under: eight simulated devices, strict ranks, one golden folder."""
 
 import os
 import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -186,3 +186,11 @@ def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match='disk full'):
     pictures.save_npz(path, random_images(3), [0, 1, 2])
   assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_latents_are_saved_as_they_are(tmp_path):
+  latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
+  pictures.save_npz(tmp_path / 'x.npz', latents, [1, 2])
+  with np.load(tmp_path / 'x.npz') as arrays:
+    assert set(arrays) == {'latents', 'labels'}
+    np.testing.assert_array_equal(arrays['latents'], latents)

@@ -4,7 +4,8 @@ An `Entry` turns one official tensor into one leaf (or one slice of a stacked le
 transposing and permuting only, so both directions are equal bit for bit.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

@@ -1,6 +1,7 @@
 """The contract between a method and everything else."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 
 class Method(NamedTuple):

@@ -21,7 +21,7 @@ def neighbourhoods(x):
 
 
 class DigitsEncoder(nn.Module):
-  """Three 3 x 3 convolutions, one of stride 2: a 4 x 4 map of features, class logits of its mean."""
+  """Three 3 x 3 convolutions, one of stride 2: a 4 x 4 feature map, class logits of its mean."""
 
   num_classes: int
 

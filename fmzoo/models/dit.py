@@ -32,7 +32,7 @@ class Config:
 
 
 class Block(nn.Module):
-  """A transformer block modulated by the condition (adaLN-zero); the body of the scan over depth."""
+  """A transformer block modulated by the condition (adaLN-zero); body of the scan over depth."""
 
   config: Config
 
@@ -124,8 +124,7 @@ def make(config, latent_shape, num_classes):
       return net.apply({'params': params}, x, t, duration, labels)
 
   def trainable(params):
-    return {
-      name: jax.tree.map(lambda _: name != 'pos_embed', leaf) for name, leaf in params.items()
-    }
+    trained = jax.tree.map(lambda _: True, params)
+    return {**trained, 'pos_embed': False}
 
   return layers.Network(init, apply, trainable)

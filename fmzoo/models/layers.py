@@ -4,7 +4,8 @@ Parameters are float32. `dtype` is the dtype of the large matrix products (atten
 norms, modulation, softmax, conditioning and the residual stream stay float32.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax

@@ -77,7 +77,8 @@ def stage1(golden, path='linear'):
 def forward(golden, x, t, labels):
   """Returns (velocity, projected features) of rows in our order, any number of them."""
   size = len(t)
-  x, t, labels = bfm.pad_rows((jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels)), golden.segments)
+  rows = (jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels))
+  x, t, labels = bfm.pad_rows(rows, golden.segments)
   c = golden.net.condition(golden.params, t, labels)
   f = golden.net.features(golden.params, x, c)
   v = golden.net.velocity_by_row(golden.params, x, c, f)
@@ -283,7 +284,8 @@ def test_debug_arrays(golden):
       h, _ = apply(blockwise.FeatureBlock(config), block, h, silu(c)[:few], shared[:few], rotary)
       check(f'rep_block{i}_out', h)
     feature = golden.net.features(p, x, c)
-    joined = jnp.concatenate([jnp.broadcast_to(c[:few, None], feature[:few].shape), feature[:few]], -1)
+    spread = jnp.broadcast_to(c[:few, None], feature[:few].shape)
+    joined = jnp.concatenate([spread, feature[:few]], -1)
     check('c_repre', joined)
     active = (silu(c[:few]), silu(feature[:few]))
     shared = apply(blockwise.PairLinear(6 * width), 'velocity_shared', *active)

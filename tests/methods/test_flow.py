@@ -97,7 +97,8 @@ def test_the_velocity_of_one_image_has_zero_loss_and_leads_to_it():
   assert float(method.loss(None, batch, keys, 0)[0]) < 1e-8
   batch['latent'] = batch['latent'] + 0.1
   assert float(method.loss(None, batch, keys, 0)[0]) > 1e-3
-  out = method.sample(None, keys, jnp.zeros(6, jnp.int32), num_steps=3, guidance=1.0, solver='euler')
+  options = {'num_steps': 3, 'guidance': 1.0, 'solver': 'euler'}
+  out = method.sample(None, keys, jnp.zeros(6, jnp.int32), **options)
   np.testing.assert_allclose(out, np.repeat(image, 6, axis=0), rtol=0, atol=1e-5)
 
 

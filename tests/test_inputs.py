@@ -1,0 +1,108 @@
+"""What the device does before the loss, the digits encoder, and the cost counter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmzoo import build, cost, encoders, inputs
+from fmzoo.data import digits
+from tests import tiny
+
+
+def test_moments_become_scaled_latents():
+  """Mean and spread of many draws are those stored, times the scale."""
+  moments = np.zeros((4000, 2, 2, 4), np.float32)
+  moments[..., :2], moments[..., 2:] = 3.0, 0.5
+  latent = inputs.sample_moments(moments, jax.random.split(jax.random.key(0), 4000), 0.2)
+  assert latent.shape == (4000, 2, 2, 2)
+  np.testing.assert_allclose((latent.mean(), latent.std()), (0.6, 0.1), rtol=0.02)
+
+
+def test_inputs_replace_moments_and_add_features():
+  prepare = inputs.make(1.0, lambda frozen, latent: latent * frozen)
+  batch = {'moments': np.ones((3, 2, 2, 2), np.float32) * [5, 0], 'label': np.arange(3)}
+  out = prepare(2.0, batch, jax.random.split(jax.random.key(0), 3))
+  assert set(out) == {'latent', 'label', 'feature'}
+  np.testing.assert_allclose(out['feature'], 10.0)
+  assert 'moments' in batch, 'the caller keeps its batch'
+
+
+def test_no_gradient_flows_into_the_encoder():
+  def loss(frozen):
+    prepare = inputs.make(1.0, lambda frozen, latent: latent * frozen)
+    return prepare(frozen, {'latent': jnp.ones((1, 2, 2, 1))}, None)['feature'].sum()
+
+  assert float(jax.grad(loss)(2.0)) == 0.0
+
+
+def test_digits_encoder_learns_and_is_kept(tmp_path):
+  source = digits.DigitsSource()
+  encode, params = encoders.digits(tmp_path, source, 10, 0)
+  images, labels = source.arrays()
+  features, logits = encoders.digits_encoder.apply(params, images)
+  assert (np.argmax(logits, axis=-1) == labels).mean() > 0.99
+  assert features.shape == (1797, 16, 64)
+  np.testing.assert_array_equal(encode(params, images[:2]), features[:2])
+  _, again = encoders.digits(tmp_path, None, 10, 5)  # nothing is trained a second time
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.mark.parametrize('function,flops', [
+  (lambda x: x @ x, 2 * 8**3),
+  (lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0], 10 * 8**3),
+  (lambda x: jax.lax.switch(jnp.int32(0), [lambda: x @ x, lambda: x @ x @ x]), 4 * 8**3),
+  (lambda x: jax.checkpoint(lambda x: jnp.sin(x) @ x)(x), 2 * 8**3),
+  (lambda x: jnp.einsum('ij,kj->ik', x[:2], x), 2 * 2 * 8 * 8),
+  (lambda x: jax.vmap(lambda row: row @ x)(x), 2 * 8**3),
+  (lambda x: x + 1, 0),
+])
+def test_flops_of_known_functions(function, flops):
+  assert cost.matmul_flops(jax.jit(function), jnp.ones((8, 8))) == flops
+
+
+def test_flops_of_a_convolution():
+  """3 x 3, 2 to 4 channels, 8 x 8 outputs."""
+  x, kernel = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 2, 4))
+  dimensions = ('NHWC', 'HWIO', 'NHWC')
+  count = cost.matmul_flops(
+    lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=dimensions),
+    x, kernel,
+  )
+  assert count == 2 * 64 * 4 * 9 * 2
+
+
+def test_flops_of_an_unbounded_loop_are_refused():
+  with pytest.raises(ValueError, match='while'):
+    cost.matmul_flops(
+      lambda x: jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x @ x, x), jnp.ones((2, 2))
+    )
+
+
+def test_schedule_warms_up_and_decays():
+  """The first update is 1 / warmup of the highest rate, the last nearly none."""
+  optim = tiny.recipe('fm').optim
+  optim = build.Optim(**{
+    **optim.__dict__, 'learning_rate': 1.0, 'warmup_steps': 10, 'schedule': 'cosine',
+    'weight_decay': 0.0, 'clip_norm': 0.0, 'eps': 1e-20,
+  })
+  tx = build.optimizer(optim, 100)
+  params = jnp.zeros(())
+  state, moves = tx.init(params), []
+  for _ in range(100):
+    update, state = tx.update(jnp.ones(()), state, params)
+    moves.append(-float(update))
+  np.testing.assert_allclose(moves[:10], np.arange(1, 11) / 10, rtol=1e-4)
+  assert moves[10] > 0.99 and moves[55] == pytest.approx(0.5, abs=0.02) and moves[99] < 1e-3
+
+
+def test_clipping_limits_the_gradient():
+  optim = tiny.recipe('bfm').optim
+  assert optim.clip_norm == 1.0
+  tx = build.optimizer(optim, 10)
+  params = {'w': jnp.zeros(4)}
+  for size, norm in ((1e6, 1.0), (0.25, 0.5)):
+    _, state = tx.update({'w': jnp.full(4, size)}, tx.init(params), params)
+    mean = optax.tree_utils.tree_get(state, 'mu')
+    np.testing.assert_allclose(optax.tree.norm(mean), (1 - optim.b1) * norm, rtol=1e-5)
