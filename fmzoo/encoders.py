@@ -6,6 +6,7 @@ the start of the run (seconds), frozen, and kept in the workdir for the runs tha
 
 import os
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,11 @@ def digits(workdir, source, num_classes, seed):
   """
   path = pathlib.Path(workdir) / 'encoder.npz'
   if path.exists():
-    with np.load(path) as arrays:
-      params = traverse_util.unflatten_dict(dict(arrays), sep='/')
+    try:
+      with np.load(path) as arrays:
+        params = traverse_util.unflatten_dict(dict(arrays), sep='/')
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+      raise ValueError(f'{path} is damaged ({error}); remove it to have it trained anew') from error
   else:
     images, labels = source.arrays()
     params, accuracy = fit_digits(images, labels, num_classes, seed)

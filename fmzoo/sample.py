@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from fmzoo.parallel import mesh as meshes
 
 PREVIEW_COLUMNS = 10
 PREVIEW_ROWS = 10
+NAME = 180  # longest description in a file name
 
 
 def choose_labels(labels, count, num_classes, seed):
@@ -142,7 +144,8 @@ def describe(recipe):
     'weights': recipe.sample.weights, 'labels': recipe.sample.labels, 'seed': recipe.sample.seed,
   }
   parts = [f'{key}={value}' for key, value in options.items()]
-  return '_'.join(parts).replace(' ', '').replace('/', '-')[:120]
+  name = '_'.join(parts).replace(' ', '').replace('/', '-')
+  return name if len(name) <= NAME else f'{name[: NAME - 9]}-{zlib.crc32(name.encode()):08x}'
 
 
 def sample(recipe, workdir, at_step=None):

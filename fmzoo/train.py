@@ -62,6 +62,7 @@ def train(recipe, workdir):
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
     hooks = stack.enter_context(Hooks(recipe, workdir, mesh, checkpoints, start))
+    done = start
     for done in range(start + 1, settings.steps + 1):
       state, metrics = train_step(state, next(device_batches), frozen)
       stopping = preemption.reached(done)
@@ -71,7 +72,7 @@ def train(recipe, workdir):
         break
   logging.info(
     'steps %d to %d took %.1f minutes, previews and evaluation included: %s',
-    start, int(state.step), (time.time() - begun) / 60, workdir,
+    start, done, (time.time() - begun) / 60, workdir,
   )
   return state
 

@@ -44,9 +44,12 @@ def test_digits_encoder_learns_and_is_kept(tmp_path):
   features, logits = encoders.digits_encoder.apply(params, images)
   assert (np.argmax(logits, axis=-1) == labels).mean() > 0.99
   assert features.shape == (1797, 16, 64)
-  np.testing.assert_array_equal(encode(params, images[:2]), features[:2])
+  np.testing.assert_allclose(encode(params, images[:2]), features[:2], rtol=1e-5, atol=1e-5)
   _, again = encoders.digits(tmp_path, None, 10, 5)  # nothing is trained a second time
   jax.tree.map(np.testing.assert_array_equal, params, again)
+  (tmp_path / 'encoder.npz').write_bytes(b'PK damaged')
+  with pytest.raises(ValueError, match='encoder.npz is damaged.*remove it'):
+    encoders.digits(tmp_path, source, 10, 0)
 
 
 @pytest.mark.parametrize('function,flops', [

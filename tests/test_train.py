@@ -206,6 +206,13 @@ def test_an_image_depends_on_its_index_and_not_on_the_batch(tmp_path):
   assert np.abs(images[0][0] - images[0][10]).max() > 0.1
 
 
+def test_long_descriptions_stay_distinct_and_short():
+  names = []
+  for last in '1', '2':
+    names.append(sample.describe(tiny.recipe('fm', sample__labels='0,' * 200 + last)))
+  assert names[0] != names[1] and max(map(len, names)) == sample.NAME
+
+
 @pytest.mark.parametrize('labels,expected', [
   ('balanced', [0, 1, 2, 0, 1]), ('2,0', [2, 0, 2, 0, 2]), ('1', [1] * 5),
 ])
