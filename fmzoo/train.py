@@ -33,9 +33,7 @@ def train(recipe, workdir):
   """
   method, settings = recipe.method, recipe.run
   mesh = meshes.make(recipe.mesh)
-  meshes.check_batch(
-    recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps
-  )
+  meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = build.source(recipe.data)
   checkpoints = checkpoint.Checkpoints(
     pathlib.Path(workdir) / 'checkpoints', identity=recipe.identity,
