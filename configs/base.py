@@ -37,7 +37,7 @@ def get():
     'weight_decay': 0.0,
     'clip_norm': 0.0,  # largest global gradient norm; 0 does not clip
     'accumulate_steps': 1,  # micro-batches per step; data.batch_size stays the size of a step
-    'max_bad_steps': 20,  # non-finite steps in a row after which the run stops
+    'max_bad_steps': 20,  # non-finite steps in a row; the run stops at the next log step
   })
   config.ema = ConfigDict({
     'decay': 0.9999,  # per step

@@ -34,7 +34,6 @@ def get_config():
     'path': 'linear',
     'solution': 'euler',
     'velocity_ratio': 0.75,
-    'total_steps': config.run.get_ref('steps'),
     'time_mean': (-0.2, -1.0, 0.2),
     'time_std': (1.0, 0.8, 0.8),
     'guidance': 1.25,  # learned in training, so sampling pays nothing for it

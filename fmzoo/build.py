@@ -16,12 +16,51 @@ import jax.numpy as jnp
 import optax
 
 from fmzoo import inputs as device_inputs
-from fmzoo.methods import base
+from fmzoo.methods import base, flow
+from fmzoo.models import digits_encoder
 from fmzoo.parallel import mesh as meshes
 
-METHODS = ('fm', 'soflow', 'bfm', 'bfm_frn')  # fmzoo/methods/<name>.py
-MODELS = ('dit', 'blockwise')  # fmzoo/models/<name>.py
-DATA = ('digits', 'latents')  # sources in fmzoo/data/<name>.py
+METHODS = {  # fmzoo/methods/<name>.py, and what its network must be
+  'fm': {'name': 'dit', 'duration': False},
+  'soflow': {'name': 'dit', 'duration': True},
+  'bfm': {'name': 'blockwise', 'frn_depth': 0},
+  'bfm_frn': {'name': 'blockwise'},
+}
+STAGES = {'bfm_frn': 'bfm'}  # methods that start from a finished run of another
+CHOICES = {
+  'method.name': tuple(METHODS),
+  'method.path': flow.PATHS,
+  'model.name': ('dit', 'blockwise'),  # fmzoo/models/<name>.py
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.precision': ('default', 'high', 'highest'),
+  'model.attention': ('xla', 'cudnn'),
+  'data.name': ('digits', 'latents'),  # sources in fmzoo/data/<name>.py
+  'optim.schedule': ('constant', 'cosine'),
+  'sample.weights': ('ema', 'params'),
+  'eval.name': ('none', 'digits'),
+}
+LIMITS = {  # lowest and highest value that can work; None is no limit
+  'run.seed': (0, 2**32 - 1), 'run.steps': (1, 2**31 - 1),
+  'data.batch_size': (1, None), 'data.latent_size': (1, None), 'data.channels': (1, None),
+  'data.num_classes': (1, None), 'data.num_threads': (0, None),
+  'model.patch': (1, None), 'model.width': (1, None), 'model.depth': (1, None),
+  'model.heads': (1, None), 'model.mlp_ratio': (0.01, None), 'model.unroll': (1, None),
+  'model.frn_depth': (0, None), 'model.lora_width': (1, None), 'model.feature_dim': (1, None),
+  'model.projector_width': (1, None),
+  'method.label_dropout': (0, 1), 'method.time_std': (0, None),
+  'method.alignment_weight': (0, None),
+  'optim.learning_rate': (0, None), 'optim.warmup_steps': (0, None), 'optim.b1': (0, 1),
+  'optim.b2': (0, 1), 'optim.eps': (0, None), 'optim.weight_decay': (0, None),
+  'optim.clip_norm': (0, None), 'optim.accumulate_steps': (1, None),
+  'optim.max_bad_steps': (1, None),
+  'ema.decay': (0, 1),
+  'sample.num_images': (1, None), 'sample.batch_size': (1, None), 'sample.seed': (0, 2**32 - 1),
+  'sample.num_steps': (1, None), 'sample.guidance': (0, None),
+  'eval.num_images': (1, None), 'eval.every_steps': (0, None),
+  'log.log_every_steps': (1, None), 'log.preview_every_steps': (0, None),
+  'log.checkpoint_every_steps': (0, None), 'log.keep_last': (1, None),
+}
+SECTIONS = ('run', 'data', 'model', 'method', 'optim', 'ema', 'sample', 'eval', 'mesh', 'log')
 # What may change when a run goes on: everything but these keys, which decide what is learned.
 IDENTITY = ('data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size')
 # Fields of a model that are no part of what is learned.
@@ -138,9 +177,13 @@ def recipe(config):
   Raises:
     ValueError: one line that names the key, what was found and what is expected.
   """
+  for name in SECTIONS:
+    if not hasattr(config.get(name), 'items'):
+      raise ValueError(f"section '{name}' is missing in this config; configs/base.py has them all")
   data, optim = _section(Data, config, 'data'), _section(Optim, config, 'optim')
   run = _section(Run, config, 'run')
-  method = _method(config, data)
+  method = _method(config, data, run)
+  _check_data(config, data, method)
   options = _sample_options(config, method)
   return Recipe(
     run=run,
@@ -160,12 +203,13 @@ def recipe(config):
   )
 
 
-def _section(cls, config, name, drop=()):
-  """Makes the dataclass of one section and names keys that are missing or not known."""
-  if name not in config:
-    raise ValueError(f"section '{name}' is missing in this config; configs/base.py has them all")
+def _section(cls, config, name, drop=(), given=()):
+  """Makes the dataclass of one section; names a key that is missing, not known or out of range.
+
+  Keys of `drop` are not the dataclass's, values of `given` are not the config's.
+  """
   values = {key: value for key, value in config[name].items() if key not in drop}
-  types = {field.name: field.type for field in dataclasses.fields(cls)}
+  types = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in given}
   for key in sorted(set(values) ^ set(types)):
     problem = 'is missing' if key in types else 'is not a key of this recipe'
     raise ValueError(f"{name}.{key} {problem}; section '{name}' has {', '.join(sorted(types))}")
@@ -174,31 +218,60 @@ def _section(cls, config, name, drop=()):
     accepted = {float: (float, int), tuple: (tuple, list), Any: object}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind not in (bool, Any)):
       raise ValueError(f'{name}.{key}={value!r} must be of type {kind.__name__}')
+    _check_value(f'{name}.{key}', value)
+  values |= {key: given[key] for key in given if key in {f.name for f in dataclasses.fields(cls)}}
   return cls(**values)
 
 
-def _choose(config, section, names):
-  """Returns the module or choice that `<section>.name` selects."""
-  name = config[section].get('name', None)
-  if name not in names:
-    raise ValueError(f"{section}.name='{name}' is unknown; use one of {', '.join(names)}")
-  return name
+def _check_value(dotted, value):
+  """Refuses a value that is none of the key's CHOICES or outside its LIMITS."""
+  if dotted in CHOICES and value not in CHOICES[dotted]:
+    raise ValueError(f"{dotted}='{value}' is unknown; use one of {', '.join(CHOICES[dotted])}")
+  if dotted in LIMITS and isinstance(value, (int, float)):
+    low, high = LIMITS[dotted]
+    if not (low <= value and (high is None or value <= high)):
+      expected = f'at least {low}' if high is None else f'from {low} to {high}'
+      raise ValueError(f'{dotted}={value} must be {expected}')
 
 
-def _method(config, data):
+def _method(config, data, run):
   """Makes the network and the method around it."""
-  for key in ('latent_size', 'channels', 'num_classes', 'batch_size'):
-    if getattr(data, key) < 1:
-      raise ValueError(f'data.{key}={getattr(data, key)} must be at least 1')
-  model = importlib.import_module(f'fmzoo.models.{_choose(config, "model", MODELS)}')
-  method = importlib.import_module(f'fmzoo.methods.{_choose(config, "method", METHODS)}')
-  net = model.make(
-    _section(model.Config, config, 'model', drop=('name',)), data.latent_shape, data.num_classes
-  )
+  for section in ('method', 'model'):
+    _check_value(f'{section}.name', config[section].get('name', None))
+  name = config.method.name
+  model = importlib.import_module(f'fmzoo.models.{config.model.name}')
+  method = importlib.import_module(f'fmzoo.methods.{name}')
+  for key, needed in METHODS[name].items():
+    if config.model.get(key, needed) != needed:
+      raise ValueError(f"model.{key}={config.model[key]!r} must be {needed!r} for method '{name}'")
+  settings = _section(model.Config, config, 'model', drop=('name',))
+  if name in STAGES and not run.init_from:
+    raise ValueError(
+      f"run.init_from='' must be the workdir of a finished '{STAGES[name]}' run for method '{name}'"
+    )
+  given = {'total_steps': run.steps}
   return method.make(
-    _section(method.Config, config, 'method', drop=('name',)),
-    net, data.latent_shape, data.num_classes,
+    _section(method.Config, config, 'method', drop=('name',), given=given),
+    model.make(settings, data.latent_shape, data.num_classes), data.latent_shape, data.num_classes,
   )
+
+
+def _check_data(config, data, method):
+  """Refuses an evaluation or a frozen encoder that the data do not fit."""
+  is_digits = data.latent_shape == (8, 8, 1) and data.num_classes == 10
+  if config.eval.name == 'digits' and not is_digits:
+    raise ValueError(
+      f"eval.name='digits' measures 8x8 images of 10 classes, not {data.latent_shape} of"
+      f' {data.num_classes}; use none'
+    )
+  if 'feature' in method.inputs and data.name == 'digits':
+    tokens = (data.latent_size // config.model.patch) ** 2
+    if (tokens, config.model.feature_dim) != (digits_encoder.TOKENS, digits_encoder.WIDTH):
+      raise ValueError(
+        f'model.patch={config.model.patch}, model.feature_dim={config.model.feature_dim}: the'
+        f' encoder of the digits has {digits_encoder.TOKENS} tokens of width'
+        f' {digits_encoder.WIDTH}; use a patch of 2 and feature_dim={digits_encoder.WIDTH}'
+      )
 
 
 def _sample_options(config, method):
@@ -208,6 +281,7 @@ def _sample_options(config, method):
   for name in names:
     if name not in config.sample:
       raise ValueError(f"sample.{name} is missing; the sampler of '{config.method.name}' needs it")
+    _check_value(f'sample.{name}', config.sample[name])
   options = {name: config.sample[name] for name in names}
   # The sampler refuses what it cannot do while it is traced: now, and not at the first preview.
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
@@ -225,7 +299,6 @@ def _identity(config):
   identity |= {
     f'model.{key}': value for key, value in sorted(config.model.items()) if key not in NUMERICS
   }
-  identity.pop('method.total_steps', None)  # follows run.steps, which may be prolonged
   for dotted in (*IDENTITY, 'run.seed'):
     section, key = dotted.split('.')
     identity[dotted] = config[section][key]
@@ -234,9 +307,6 @@ def _identity(config):
 
 def optimizer(optim, steps):
   """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and gradient clipping."""
-  if optim.schedule not in ('constant', 'cosine'):
-    raise ValueError(f"optim.schedule='{optim.schedule}' is unknown; use 'constant' or 'cosine'")
-
   def rate(count):
     warmup = jnp.minimum(1.0, (count + 1) / max(optim.warmup_steps, 1))
     done = jnp.clip((count - optim.warmup_steps) / max(steps - optim.warmup_steps, 1), 0.0, 1.0)
@@ -263,8 +333,6 @@ def source(data):
   """
   from fmzoo.data import digits, latents, pipeline  # grain: an accelerator machine may lack it
 
-  if data.name not in DATA:
-    raise ValueError(f"data.name='{data.name}' is unknown; use one of {', '.join(DATA)}")
   rows = digits.DigitsSource() if data.name == 'digits' else latents.LatentSource(data_path(data))
   pipeline.check_fit(
     rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
@@ -277,6 +345,11 @@ def inputs(recipe, rows, workdir):
   """Returns (inputs, frozen): what the device does before the loss, and its frozen parameters."""
   if 'feature' not in recipe.method.inputs:
     return device_inputs.make(recipe.data.latent_scale), ()
+  if recipe.data.name != 'digits':
+    raise ValueError(
+      f"data.name='{recipe.data.name}': method '{recipe.method_name}' aligns with a frozen encoder,"
+      ' and only digits have one so far; use configs/bfm_digits.py'
+    )
   from fmzoo import encoders
 
   encode, frozen = encoders.digits(workdir, rows, recipe.data.num_classes, recipe.run.seed)

@@ -53,8 +53,8 @@ def parse(argv):
   flags.DEFINE_string('workdir', None, 'where the run lives', flag_values=values)
   flags.DEFINE_integer('step', None, 'checkpoint, in finished steps', flag_values=values)
   flags.DEFINE_string('samples', None, 'images to measure', flag_values=values)
-  has_recipe = any(argument.lstrip('-').partition('=')[0] == 'config' for argument in argv[1:])
-  if has_recipe:
+  recipe = flag_value(argv, 'config')
+  if recipe is not None:
     config_flags.DEFINE_config_file(
       'config', None, 'recipe', flag_values=values, sys_argv=argv
     )
@@ -73,31 +73,47 @@ def parse(argv):
   command = positional[0] if positional else 'train'
   if len(positional) > 1 or command not in COMMANDS:
     raise ValueError(f"command '{' '.join(positional)}' is unknown; use one of {COMMANDS}")
-  return command, config, values.workdir or default_workdir(argv), values
+  for name, takes in (('step', ('sample', 'evaluate')), ('samples', ('evaluate',))):
+    if values[name].present and command not in takes:
+      raise ValueError(f"--{name} is a flag of {' and '.join(takes)}, not of '{command}'; drop it")
+  if values['step'].present and values['samples'].present:
+    raise ValueError('--step and --samples exclude each other: measure a checkpoint or a file')
+  return command, config, values.workdir or default_workdir(recipe), values
 
 
-def default_workdir(argv):
+def flag_value(argv, name):
+  """Returns the last value of a flag before it is parsed, `--name=value` or `--name value`."""
+  found = None
+  for argument, after in zip(argv[1:], [*argv[2:], '']):
+    flag, has_value, value = argument.partition('=')
+    if flag in (f'-{name}', f'--{name}'):
+      found = value if has_value else after
+  return found
+
+
+def default_workdir(recipe):
   """Returns runs/<recipe name>, with the recipe's argument if it has one."""
-  recipe = next(a.partition('=')[2] for a in argv if a.lstrip('-').startswith('config='))
   path, _, argument = recipe.partition(':')
   return str(pathlib.Path('runs') / '_'.join(filter(None, (pathlib.Path(path).stem, argument))))
 
 
 def stored_config(argv):
   """Returns the config of the workdir that a command line without --config names."""
-  named = [a.partition('=')[2] for a in argv[1:] if a.lstrip('-').startswith('workdir=')]
-  path = pathlib.Path(named[-1] if named else '.') / 'config.json'
+  path = pathlib.Path(flag_value(argv, 'workdir') or '.') / 'config.json'
   if not path.is_file():
     raise ValueError(
       f'no recipe: give --config=configs/soflow_digits.py, say, or a --workdir=DIR with a'
       f' config.json (looked for {path})'
     )
   try:
-    return ConfigDict(tuples(json.loads(path.read_text())))
-  except json.JSONDecodeError as error:
+    stored = json.loads(path.read_text())
+  except ValueError as error:
     raise ValueError(
       f'{path} is not a config: {error}; give --config=RECIPE to write it again'
     ) from error
+  if not isinstance(stored, dict):
+    raise ValueError(f'{path} is not a config: it has no sections; give --config=RECIPE')
+  return ConfigDict(tuples(stored))
 
 
 def tuples(value):

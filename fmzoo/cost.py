@@ -9,7 +9,8 @@ from jax.extend import core
 def matmul_flops(function, *args):
   """Counts 2 x multiply-adds of all matrix products and convolutions in one call.
 
-  A scan counts its body `length` times, a switch its dearest branch, a product once whatever its
+  A scan counts its body `length` times, a switch its dearest branch (so a sampler whose guidance
+  acts now and then costs at most this), a product once whatever its
   precision; elementwise work is not counted. Nothing is computed or compiled.
 
   Args:

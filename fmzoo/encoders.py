@@ -7,6 +7,7 @@ the start of the run (seconds), frozen, and kept in the workdir for the runs tha
 import os
 import pathlib
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import traverse_util
 
 from fmzoo.models import digits_encoder
 
+STREAM = zlib.crc32(b'encoder')  # keeps its random numbers apart from the run's
 STEPS, BATCH, LEARNING_RATE = 300, 128, 3e-3  # of the digits encoder: 21 epochs
 
 
@@ -40,7 +42,7 @@ def fit_digits(images, labels, num_classes, seed):
 
   @jax.jit
   def fit(rng, images, labels):
-    rng_init, rng_rows = jax.random.split(rng)
+    rng_init, rng_rows = jax.random.split(jax.random.fold_in(rng, STREAM))
     params = digits_encoder.init(rng_init, num_classes)
 
     def step(carry, key):

@@ -35,10 +35,12 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
     )
   mesh = meshes.make(recipe.mesh)
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
-  return evaluate_params(recipe, workdir, sample.Sampler(recipe, mesh), params, done)
+  return evaluate_params(
+    recipe, workdir, sample.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
+  )
 
 
-def evaluate_params(recipe, workdir, sampler, params, done):
+def evaluate_params(recipe, workdir, sampler, params, done, *, weights):
   """Generates eval.num_images with balanced labels and measures them.
 
   Args:
@@ -47,6 +49,7 @@ def evaluate_params(recipe, workdir, sampler, params, done):
     sampler: sample.Sampler of the recipe.
     params: tree.
     done: finished steps of these parameters, for the protocol.
+    weights: what they are, 'ema' or 'params', for the protocol.
 
   Returns:
     {metric: float}.
@@ -57,11 +60,11 @@ def evaluate_params(recipe, workdir, sampler, params, done):
   images = pictures.to_uint8(sampler(params, labels, recipe.sample.seed, progress=True))
   values = digits.evaluate_digits(images, labels)
   values['gmac_per_image'] = sampler.macs_per_image(params) / 1e9
-  folder = pathlib.Path(workdir) / 'evaluations' / f'step={done}_{sample.describe(recipe)}'
+  folder = pathlib.Path(workdir) / 'evaluations' / result_name(recipe, done, weights)
   return _report(folder, values, {
     'step': int(done),
     'method': recipe.method_name,
-    'weights': recipe.sample.weights,
+    'weights': weights,
     'num_images': len(images),
     'labels': 'balanced',
     'seed': recipe.sample.seed,
@@ -69,6 +72,11 @@ def evaluate_params(recipe, workdir, sampler, params, done):
     'pixels': 'uint8',
     'code': protocol.code_version(),
   })
+
+
+def result_name(recipe, done, weights):
+  """Returns the folder, below evaluations/, of a measurement of a checkpoint."""
+  return f'step={done}_{sample.describe(recipe, weights=weights)}'
 
 
 def _plain(value):

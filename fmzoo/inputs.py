@@ -6,19 +6,19 @@ import jax.numpy as jnp
 from fmzoo.methods import flow
 
 
-def sample_moments(moments, rng, scale):
-  """Draws a latent from stored posterior moments: (mean + std noise) scale.
+def sample_moments(moments, noise, scale):
+  """Returns a latent of stored posterior moments: (mean + std noise) scale.
 
   Args:
     moments: [B, H, W, 2 C], mean and standard deviation, unscaled.
-    rng: keys [B].
+    noise: [B, H, W, C], standard normal.
     scale: latent scale of the VAE, 0.18215 for Stable Diffusion's.
 
   Returns:
     [B, H, W, C] float32.
   """
   mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-  return (mean + std * flow.normal_like(rng, mean)) * scale
+  return (mean + std * noise) * scale
 
 
 def make(latent_scale, encode=None):
@@ -35,7 +35,9 @@ def make(latent_scale, encode=None):
   def inputs(frozen, batch, rng):
     batch = dict(batch)
     if 'moments' in batch:
-      batch['latent'] = sample_moments(batch.pop('moments'), rng, latent_scale)
+      moments = batch.pop('moments')
+      noise = flow.normal_like(rng, moments[..., : moments.shape[-1] // 2])
+      batch['latent'] = sample_moments(moments, noise, latent_scale)
     if encode is not None:
       batch['feature'] = jax.lax.stop_gradient(encode(frozen, batch['latent']))
     return batch

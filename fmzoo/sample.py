@@ -16,6 +16,7 @@ from fmzoo.parallel import mesh as meshes
 PREVIEW_COLUMNS = 10
 PREVIEW_ROWS = 10
 NAME = 180  # longest description in a file name
+STREAM = zlib.crc32(b'sample')  # keeps images apart from training with the same seed
 
 
 def choose_labels(labels, count, num_classes, seed):
@@ -95,8 +96,9 @@ class Sampler:
 
 def image_keys(seed, first, count):
   """Returns keys [count] of the images first .. first + count - 1."""
+  stream = jax.random.fold_in(jax.random.key(seed), STREAM)
   indices = first + jnp.arange(count)
-  return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
+  return jax.vmap(lambda index: jax.random.fold_in(stream, index))(indices)
 
 
 def load_params(recipe, mesh, workdir, at_step=None):
@@ -111,8 +113,6 @@ def load_params(recipe, mesh, workdir, at_step=None):
   Raises:
     ValueError: if there is no such checkpoint, or another kind of run wrote it.
   """
-  if recipe.sample.weights not in ('ema', 'params'):
-    raise ValueError(f"sample.weights='{recipe.sample.weights}' must be 'ema' or 'params'")
   with open_checkpoints(recipe, workdir) as checkpoints:
     return checkpoints.restore_params(
       abstract_params(recipe, mesh), ema=recipe.sample.weights == 'ema', step=at_step
@@ -138,11 +138,9 @@ def abstract_params(recipe, mesh):
   )
 
 
-def describe(recipe):
+def describe(recipe, **chosen):
   """Returns what tells one sampling from another, short enough for a file name."""
-  options = recipe.sample_options | {
-    'weights': recipe.sample.weights, 'labels': recipe.sample.labels, 'seed': recipe.sample.seed,
-  }
+  options = {**recipe.sample_options, **chosen, 'seed': recipe.sample.seed}
   parts = [f'{key}={value}' for key, value in options.items()]
   name = '_'.join(parts).replace(' ', '').replace('/', '-')
   return name if len(name) <= NAME else f'{name[: NAME - 9]}-{zlib.crc32(name.encode()):08x}'
@@ -151,7 +149,7 @@ def describe(recipe):
 def sample(recipe, workdir, at_step=None):
   """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
 
-  The `.npz` holds arr_0, uint8 [n, H, W, C], and labels, int32 [n].
+  The `.npz` is as `pictures.save_npz` says.
 
   Args:
     recipe: build.Recipe.
@@ -162,8 +160,6 @@ def sample(recipe, workdir, at_step=None):
     Path of the `.npz`.
   """
   settings = recipe.sample
-  if settings.num_images < 1:
-    raise ValueError(f'sample.num_images={settings.num_images} must be at least 1')
   labels = choose_labels(
     settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
   )
@@ -171,7 +167,8 @@ def sample(recipe, workdir, at_step=None):
   params, done = load_params(recipe, mesh, workdir, at_step)
   images = Sampler(recipe, mesh)(params, labels, settings.seed, progress=True)
   folder = pathlib.Path(workdir) / 'samples'
-  name = f'step={done}_n={len(images)}_{describe(recipe)}'
+  chosen = describe(recipe, weights=settings.weights, labels=settings.labels)
+  name = f'step={done}_n={len(images)}_{chosen}'
   path = folder / f'{name}.npz'
   pictures.save_npz(path, images, labels)
   shown = pictures.viewable(images[: PREVIEW_ROWS * PREVIEW_COLUMNS])

@@ -128,7 +128,7 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     k = state.step.astype(jnp.float32)
-    rate = 1 - (jnp.minimum(ema_decay, (1 + k) / (10 + k)) if ema_ramp else ema_decay)
+    rate = jnp.maximum(1 - ema_decay, 9 / (10 + k)) if ema_ramp else 1 - ema_decay
     ema = jax.tree.map(lambda average, new: average + rate * (new - average), state.ema, params)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     params, ema, opt_state = jax.tree.map(

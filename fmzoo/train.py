@@ -60,6 +60,7 @@ def train(recipe, workdir):
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
     hooks = stack.enter_context(Hooks(recipe, workdir, mesh, checkpoints, start))
+    hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
       state, metrics = train_step(state, next(device_batches), frozen)
@@ -129,19 +130,37 @@ class Hooks:
       self.log(done)
     if last or due(done, log.checkpoint_every_steps):
       self.checkpoints.save(done, state)
-    finished = done == self.recipe.run.steps
-    if finished or due(done, log.preview_every_steps):
+    if self.due(done, log.preview_every_steps):
       self.preview(done, state)
-    if self.recipe.eval.name != 'none' and (finished or due(done, self.recipe.eval.every_steps)):
-      values = evaluation.evaluate_params(
-        self.recipe, self.workdir, self.sampler, step.ema_params(state), done
-      )
-      self.writer.scalars(done, {f'eval/{name}': value for name, value in values.items()})
+    if self.recipe.eval.name != 'none' and self.due(done, self.recipe.eval.every_steps):
+      self.evaluate(done, state)
+
+  def due(self, done, every_steps):
+    """Says whether pictures or numbers of step `done` are wanted: at the end they always are."""
+    return done == self.recipe.run.steps or due(done, every_steps)
+
+  def catch_up(self, done, state):
+    """Makes the picture and the numbers that a run stopped after its last save still owes."""
+    if done < self.recipe.run.steps:
+      return
+    if done > self.recipe.run.steps:
+      logging.warning('run.steps=%d are done, %d in all', self.recipe.run.steps, done)
+      return
+    if not self.picture(done).exists():
+      self.preview(done, state)
+    name = evaluation.result_name(self.recipe, done, 'ema')
+    if self.recipe.eval.name != 'none' and not (self.workdir / 'evaluations' / name).exists():
+      self.evaluate(done, state)
 
   def log(self, done):
-    """Fetches the metrics since the last log step: the only place that waits for the device."""
+    """Fetches the metrics since the last log step: the only place that waits for the device.
+
+    What is written is their mean over the steps that counted, and how many did not.
+    """
     fetched = jax.device_get(self.pending)
-    values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    good = [m for m in fetched if not m['bad_steps']] or fetched
+    values = {name: float(np.mean([m[name] for m in good])) for name in fetched[0]}
+    values['bad_steps'] = sum(bool(m['bad_steps']) for m in fetched)
     seconds = time.time() - self.started
     values['steps_per_second'] = (done - self.since) / seconds
     self.pending, self.started, self.since = [], time.time(), done
@@ -153,7 +172,7 @@ class Hooks:
       done, self.recipe.run.steps, values['loss'], values['grad_norm'],
       values['steps_per_second'], left,
     )
-    bad = int(fetched[-1]['bad_steps'])
+    bad = max(int(m['bad_steps']) for m in fetched)
     if bad >= self.recipe.optim.max_bad_steps:
       raise ValueError(
         f'{bad} steps in a row up to step {done} had a loss or gradient that is not finite'
@@ -164,10 +183,20 @@ class Hooks:
   def preview(self, done, state):
     """Writes a grid of samples of the averaged weights, the same noise every time."""
     images = self.sampler.preview(step.ema_params(state))
-    path = self.workdir / 'samples' / f'step_{done:07d}.png'
-    pictures.save_grid(path, images, sample.PREVIEW_COLUMNS)
+    pictures.save_grid(self.picture(done), images, sample.PREVIEW_COLUMNS)
     self.writer.images(done, {'samples': pictures.grid(images, sample.PREVIEW_COLUMNS)})
-    logging.info('preview: %s', path)
+    logging.info('preview: %s', self.picture(done))
+
+  def picture(self, done):
+    """Returns the path of a step's preview."""
+    return self.workdir / 'samples' / f'step_{done:07d}.png'
+
+  def evaluate(self, done, state):
+    """Measures the averaged weights."""
+    values = evaluation.evaluate_params(
+      self.recipe, self.workdir, self.sampler, step.ema_params(state), done, weights='ema'
+    )
+    self.writer.scalars(done, {f'eval/{name}': value for name, value in values.items()})
 
 
 def due(done, every_steps):

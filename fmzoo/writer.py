@@ -93,12 +93,6 @@ class Writer:
     if self._is_main:
       self._events.write_images(int(step), images)
 
-  def flush(self):
-    """Waits until all that was written is on disk; raises what went wrong in the thread."""
-    if self._is_main:
-      self._lines.flush()
-      self._events.flush()
-
   def close(self):
     """Flushes and closes; a second call does nothing."""
     if self._is_main:

@@ -15,7 +15,8 @@ def test_moments_become_scaled_latents():
   """Mean and spread of many draws are those stored, times the scale."""
   moments = np.zeros((4000, 2, 2, 4), np.float32)
   moments[..., :2], moments[..., 2:] = 3.0, 0.5
-  latent = inputs.sample_moments(moments, jax.random.split(jax.random.key(0), 4000), 0.2)
+  keys = jax.random.split(jax.random.key(0), 4000)
+  latent = inputs.make(0.2)((), {'moments': moments}, keys)['latent']
   assert latent.shape == (4000, 2, 2, 2)
   np.testing.assert_allclose((latent.mean(), latent.std()), (0.6, 0.1), rtol=0.02)
 

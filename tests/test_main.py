@@ -65,6 +65,45 @@ CASES = {
   'unknown data': ((RECIPE, *SMALL, '--config.data.name=mnist', '--workdir={empty}'),
                    ('data.name', 'mnist', 'digits')),
   'unknown solver': ((RECIPE, '--config.sample.solver=rk9'), ('sample.solver', 'rk9', 'heun')),
+  'recipe of two words': (('--config', 'configs/sit_digits.py', '--config.optim.lr=1'), ('lr',)),
+  'checkpoint for train': ((RECIPE, '--step=3'), ('--step', 'train')),
+  'samples for sample': (('sample', '--workdir={workdir}', '--samples=x.npz'), ('--samples',)),
+  'step and samples': (
+    ('evaluate', '--workdir={workdir}', '--samples=x.npz', '--step=2'), ('--step', '--samples')),
+  'path of noise': ((RECIPE, '--config.method.path=cubic'), ('method.path', 'cubic', 'trig')),
+  'negative clip': ((RECIPE, '--config.optim.clip_norm=-1.0'), ('optim.clip_norm=-1.0', '0')),
+  'no micro-batches': (
+    (RECIPE, '--config.optim.accumulate_steps=0'), ('optim.accumulate_steps=0',)),
+  'no batch of samples': ((RECIPE, '--config.sample.batch_size=0'), ('sample.batch_size=0',)),
+  'never a log': ((RECIPE, '--config.log.log_every_steps=0'), ('log.log_every_steps=0',)),
+  'steps below nought': ((RECIPE, '--config.run.steps=-5'), ('run.steps=-5',)),
+  'seed too large': ((RECIPE, '--config.run.seed=99999999999'), ('run.seed', '4294967295')),
+  'average of more than all': ((RECIPE, '--config.ema.decay=1.5'), ('ema.decay=1.5', '1')),
+  'labels all dropped twice': (
+    (RECIPE, '--config.method.label_dropout=10.0'), ('method.label_dropout=10.0',)),
+  'unknown attention': ((RECIPE, '--config.model.attention=flash'), ('flash', 'xla')),
+  'unknown dtype': ((RECIPE, '--config.model.dtype=bf16'), ('model.dtype', 'bf16', 'bfloat16')),
+  'unknown precision': ((RECIPE, '--config.model.precision=exact'), ('exact', 'highest')),
+  'no width': ((RECIPE, '--config.model.width=0'), ('model.width=0',)),
+  'no blocks': ((RECIPE, '--config.model.depth=0'), ('model.depth=0',)),
+  'one bound of an interval': (
+    ('--config=configs/bfm_digits.py', '--config.sample.guidance_interval=(0.5,)'),
+    ('sample.guidance_interval=(0.5,)', 'two')),
+  'unknown evaluation': ((RECIPE, '--config.eval.name=digit'), ('eval.name', 'digit', 'digits')),
+  'evaluation of other data': (
+    (RECIPE, '--config.data.channels=4'), ('eval.name', '(8, 8, 4)')),
+  'patch of the encoder': (
+    ('--config=configs/bfm_digits.py', '--config.model.patch=4'), ('model.patch=4', '16')),
+  'solution without duration': (
+    ('--config=configs/soflow_digits.py', '--config.model.duration=False'),
+    ('model.duration=False', 'True', 'soflow')),
+  'velocity with duration': ((RECIPE, '--config.model.duration=True'), ('model.duration=True',)),
+  'network of another method': (
+    ('--config=configs/bfm_digits.py', '--config.method.name=fm'), ('model.name', 'dit')),
+  'residual network in stage 1': (
+    ('--config=configs/bfm_digits.py', '--config.model.frn_depth=1'), ('model.frn_depth=1', '0')),
+  'stage 2 of nothing': (
+    ('--config=configs/bfm_digits_frn.py', '--config.run.init_from='), ('run.init_from', 'bfm')),
   'unknown schedule': ((RECIPE, '--config.optim.schedule=step'), ('optim.schedule', 'cosine')),
   'unknown mesh mode': ((RECIPE, '--config.mesh.mode=pjit', '--workdir={empty}'),
                         ('mesh.mode', 'pjit', 'pmap')),
@@ -130,10 +169,11 @@ def test_bad_input_is_one_line(case, finished, tmp_path, monkeypatch, capsys):
   assert not [name for name in contents(tmp_path) if not name.startswith('checkpoints')]
 
 
-def test_broken_stored_config_is_one_line(tmp_path, monkeypatch, capsys):
-  (tmp_path / 'config.json').write_text('{"run": ')
+@pytest.mark.parametrize('text', ['{"run": ', '[]', '3', '{}', '{"run": 3}'])
+def test_broken_stored_config_is_one_line(text, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'config.json').write_text(text)
   status, lines = call(monkeypatch, capsys, 'sample', f'--workdir={tmp_path}')
-  assert status == 2 and len(lines) == 1 and 'config.json' in lines[0]
+  assert status == 2 and len(lines) == 1 and 'config' in lines[0]
 
 
 def test_a_fault_of_fmzoo_is_not_dressed_up_as_bad_input(monkeypatch, capsys):

@@ -17,7 +17,7 @@ def config(method, **changes):
   config = RECIPES[method].get_config()
   config.model.update(width=32, heads=2, mlp_ratio=2.0)
   config.data.batch_size = 96
-  config.run.update(steps=4, init_from='')
+  config.run.steps = 4
   config.log.update(log_every_steps=2, preview_every_steps=0, checkpoint_every_steps=2)
   config.sample.update(num_images=10, batch_size=10)
   config.eval.num_images = 20

@@ -7,9 +7,9 @@ from typing import NamedTuple
 class Method(NamedTuple):
   """A way to train and to sample: pure functions over a parameter tree.
 
-  Convention everywhere: t = 0 is data, t = 1 is noise; x_t = (1 - t) x + t noise; velocity =
-  noise - x. Random numbers are drawn per row from `rng`, typed keys [B], so neither the number of
-  devices nor the layout changes them.
+  Convention everywhere: t = 0 is data, t = 1 is noise; on the linear path x_t = (1 - t) x +
+  t noise and the velocity is noise - x. Random numbers are drawn per row from `rng`, typed keys
+  [B], so neither the number of devices nor the layout changes them.
   """
 
   init: Callable  # (rng) -> params, float32

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmzoo import shapes
 from fmzoo.methods import base, flow
 
 SAMPLERS = ('ode', 'ode_frn', 'sde')
@@ -120,7 +121,9 @@ def loss_of_rows(config, net, params, rows):
   v = net.velocity_by_row(params, x_t, c, f)
   target = flow.velocity_target(config.path, padded.x, padded.noise, padded.t)
   error = flow.row_mean((v - target) ** 2)
-  cosine = jnp.mean(cosine_similarity(net.project(params, f[:size]), rows.feature))
+  predicted = net.project(params, f[:size])
+  shapes.expect_shape('feature', rows.feature, *predicted.shape)
+  cosine = jnp.mean(cosine_similarity(predicted, rows.feature))
   velocity_loss = jnp.mean(error[:size])
   return velocity_loss - config.alignment_weight * cosine, {
     'velocity/mse': velocity_loss,
@@ -217,6 +220,8 @@ def plan_steps(edges, num_steps, guidance, guidance_interval, sampler, sde_end):
       )
     grids[-1] = np.append(linspace(edges[-2], LAST_SDE_TIME, num_steps), np.float32(0))
   t, t_next = (np.stack([grid[part] for grid in grids]) for part in (slice(-1), slice(1, None)))
+  if len(guidance_interval) != 2:
+    raise ValueError(f'sample.guidance_interval={guidance_interval} must be two times: (low, high)')
   low, high = (np.float32(bound) for bound in guidance_interval)
   noisy = np.full(t.shape, sampler == 'sde')
   official = sampler == 'sde' and sde_end == 'official'

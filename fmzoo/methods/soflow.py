@@ -33,7 +33,7 @@ class Config:
   path: str  # noising path: 'linear' or 'trig'
   solution: str  # a, b of f = a x + b NN: 'euler' or 'trig' (coefficient_type)
   velocity_ratio: float  # share of rows for flow matching, the rest for consistency, in [0, 1]
-  total_steps: int  # K of the middle-time schedule
+  total_steps: int  # K of the middle-time schedule; run.steps, and no key of its own
   time_mean: tuple  # of the logit-normal times: flow matching t, consistency s, consistency t
   time_std: tuple  # the same three
   guidance: float  # omega, trained in; 1 is none (cfg_scale)
@@ -243,8 +243,8 @@ def row_blocks(size, velocity_ratio):
   """Returns [(groups, rows in a group, consistency rows at its head)] of a batch.
 
   First all whole groups of `row_period`, then what is left over as one short group. So a row's use
-  depends on its index alone, every device has its share, and floor(ratio size + 1e-6) rows are for
-  flow matching.
+  depends on its index alone and every device has its share. With a ratio that is a fraction of at
+  most 64 parts, floor(ratio size + 1e-6) rows are for flow matching.
   """
   period, head = row_period(velocity_ratio)
   rest = size % period

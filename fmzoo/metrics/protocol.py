@@ -37,22 +37,6 @@ def write_result(folder, metrics, protocol):
     os.replace(temporary, folder / name)
 
 
-def read_result(folder):
-  """Returns (metrics, protocol) of a folder that `write_result` wrote.
-
-  Raises:
-    ValueError: if one of the two files is missing or not JSON.
-  """
-  values = []
-  for name in ('metrics.json', 'protocol.json'):
-    file = pathlib.Path(folder) / name
-    try:
-      values.append(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-      raise ValueError(f'{file} cannot be read ({error}); evaluate again') from error
-  return tuple(values)
-
-
 def code_version():
   """Returns `git describe` of the checkout this package is in, else its release number."""
   root = pathlib.Path(fmzoo.__file__).parent.parent

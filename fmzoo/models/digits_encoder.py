@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from fmzoo.models import layers
 
-WIDTH = 64  # F, feature width
+TOKENS, WIDTH = 16, 64  # N, F of the features
 
 
 def neighbourhoods(x):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ATTENTIONS = ('xla', 'cudnn')
 NORM_EPS = 1e-6  # of every norm of both papers' networks
 FREQUENCIES = 256  # width of the sinusoidal time features, in both papers
 

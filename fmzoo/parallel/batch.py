@@ -31,7 +31,7 @@ def to_devices(batch, mesh, mode):
 
 
 def ahead(batches, mesh, mode, depth=2):
-  """Yields device batches, keeping `depth` copies under way while the step before still runs."""
+  """Yields device batches, up to `depth` of them copied or under way at a time."""
   source = (to_devices(batch, mesh, mode) for batch in batches)
   queue = collections.deque(itertools.islice(source, depth))
   while queue:

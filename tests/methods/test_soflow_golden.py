@@ -9,15 +9,17 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from fmzoo import step
+from fmzoo import build, inputs, pictures, step
 from fmzoo.convert import soflow as convert
-from fmzoo.methods import flow, soflow
+from fmzoo.methods import base, flow, soflow
 from fmzoo.models import dit, layers
 from tests import golden_files as files
+from tests import tiny
 
 NETWORK, LOSS, CONSISTENCY, MIN_GAP = 2e-5, 5e-5, 3e-4, 3e-3  # limits of the README there
-# Of the U-Net, its augmentation and data, evaluators and optimiser: no code for them here yet.
-LATER = ('unet.', 'uvel.', 'ucon.', 'aug.', 'opt.', 'ema.', 'crop.', 'pixel.', 'latent.', 'ckpt.',
+# Of the U-Net with its augmentation, optimiser and average, of image files and of pickled
+# checkpoints: no code for them here yet.
+LATER = ('unet.', 'uvel.', 'ucon.', 'aug.', 'opt.radam', 'ema.every16', 'crop.', 'ckpt.',
          'temb.unet')
 PATHS = {'Linear': 'linear', 'Trig': 'trig'}
 SOLUTIONS = {'Euler': 'euler', 'Trig': 'trig'}
@@ -272,6 +274,61 @@ def test_three_training_steps(golden):
         key = name.removeprefix(f'train.step{n}.{kind}.')
         limit = 1e-2 * train['lr']
         np.testing.assert_allclose(official[key], a[name], rtol=0, atol=limit, err_msg=name)
+
+
+def test_pixels(golden):
+  """Float to uint8, exactly; x is a row of an image of one channel."""
+  pixels = pictures.to_uint8(golden.arrays['pixel.x'][None, None, :, None])
+  np.testing.assert_array_equal(pixels[0, 0, :, 0], golden.arrays['pixel.u8'])
+
+
+def test_latents_of_stored_moments(golden):
+  moments, noise = golden.image('latent.moments'), golden.image('latent.eps')
+  latent = inputs.sample_moments(moments, noise, 0.18215)
+  np.testing.assert_allclose(latent, golden.image('latent.sample'), rtol=0, atol=1e-6)
+
+
+def displacement_is(actual, expected, start):
+  """Compares moves from the start, with the largest one as the unit."""
+  files.close(np.asarray(actual) - start, expected - start, 1e-4)
+
+
+def test_adamw(golden):
+  """Twelve updates with given gradients, of scales at which eps matters."""
+  a, settings = golden.arrays, golden.config['opt']['adamw']
+  optim = dataclasses.replace(
+    tiny.recipe('soflow').optim, learning_rate=settings['lr'], warmup_steps=0,
+    schedule='constant', b1=settings['betas'][0], b2=settings['betas'][1],
+  )
+  tx, params = build.optimizer(optim, 12), a['opt.p0']
+  state, trajectory = tx.init(params), []
+  for grads in a['opt.grads']:
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    trajectory.append(params)
+  displacement_is(trajectory, a['opt.adamw.traj'], a['opt.p0'])
+
+
+def test_ema_of_given_parameters(golden):
+  """The step's average, under an optimiser that puts the recorded parameters in place."""
+  a, decay = golden.arrays, golden.config['ema_decay_test']
+  targets = jnp.asarray(a['ema.params'])
+  tx = optax.GradientTransformation(
+    lambda params: jnp.zeros((), jnp.int32),
+    lambda grads, k, params: ({'w': targets[k] - params['w']}, k + 1),
+  )
+  method = base.Method(
+    lambda rng: {'w': jnp.asarray(a['ema.p0'])},
+    lambda params, batch, rng, k: (0 * jnp.sum(params['w']), {}),
+    None, lambda params: {'w': True}, (), 1,
+  )
+  state = step.init_state(method, tx, jax.random.key(0))
+  train_step = jax.jit(step.make(method, tx, inputs.make(1.0), ema_decay=decay))
+  averages = []
+  for _ in targets:
+    state, _ = train_step(state, {'latent': jnp.zeros((1, 1))}, ())
+    averages.append(state.ema['w'])
+  displacement_is(averages, a['ema.per_step'], a['ema.p0'])
 
 
 def test_samplers(golden):

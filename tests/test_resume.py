@@ -1,0 +1,143 @@
+"""A run that stops, however it stops, goes on bit for bit, and owes nothing in the end."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fmzoo import build, checkpoint, command_line, evaluate, train
+from fmzoo.parallel import mesh as meshes
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def arrays(state):
+  """Returns every array of a state on the host, the key as its data."""
+  return jax.device_get(state._replace(rng=jax.random.key_data(state.rng)))
+
+
+def losses(workdir):
+  """Returns {step: loss} of metrics.jsonl."""
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  return {row['step']: row['loss'] for row in map(json.loads, lines) if 'loss' in row}
+
+
+@pytest.mark.parametrize('method', tiny.METHODS)
+def test_stopped_and_resumed_equals_never_stopped(method, tmp_path):
+  """Parameters, EMA, optimiser, key and the losses that follow, bit for bit."""
+  changes = {'log__log_every_steps': 1, 'mesh__data': 1}
+  if method == 'bfm_frn':
+    train.train(tiny.recipe('bfm', run__steps=1, **changes), tmp_path / 'stage1')
+    changes['run__init_from'] = str(tmp_path / 'stage1')
+  whole = train.train(tiny.recipe(method, run__steps=4, **changes), tmp_path / 'whole')
+  stopping = tiny.recipe(method, run__steps=4, **changes)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(train.hosts.Preemption, 'reached', lambda self, done: done >= 2)
+    train.train(stopping, tmp_path / 'parts')
+  resumed = train.train(stopping, tmp_path / 'parts')
+  jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
+  assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
+  assert sorted(losses(tmp_path / 'parts')) == [1, 2, 3, 4]
+
+
+def test_killed_process_goes_on_exactly(tmp_path):
+  """kill -9 and SIGTERM of a real process; the curve equals the uninterrupted one bit for bit."""
+  arguments = [
+    sys.executable, '-m', 'fmzoo.main', '--config=configs/sit_digits.py',
+    '--config.model.width=32', '--config.model.heads=2', '--config.model.depth=1',
+    '--config.model.unroll=1', '--config.data.batch_size=16', '--config.run.steps=60',
+    '--config.log.log_every_steps=1', '--config.log.preview_every_steps=0',
+    '--config.log.checkpoint_every_steps=5', '--config.eval.name=none',
+  ]
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  environment['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
+
+  def start(workdir):
+    return subprocess.Popen(
+      [*arguments, f'--workdir={workdir}'], cwd=ROOT, env=environment,
+      stderr=subprocess.PIPE, text=True,
+    )
+
+  def stop(process, workdir, at_step, with_signal):
+    """Sends a signal once the log has reached a step; the process has 60 steps to go."""
+    for line in process.stderr:
+      if f'step {at_step} of' in line:
+        process.send_signal(with_signal)
+        break
+    process.communicate()
+    return process.returncode
+
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  assert stop(start(whole), whole, 10**9, signal.SIGTERM) == 0
+  assert stop(start(parts), parts, 7, signal.SIGKILL) == -signal.SIGKILL
+  begun = time.time()
+  assert stop(start(parts), parts, 20, signal.SIGTERM) == 0
+  assert time.time() - begun < 30
+  assert 20 <= max(losses(parts)) < 60
+  assert stop(start(parts), parts, 10**9, signal.SIGTERM) == 0
+  assert losses(whole) == losses(parts)
+  states = []
+  for workdir in (whole, parts):
+    recipe = build.recipe(_config_of(workdir))
+    mesh = meshes.make(meshes.Config(data=1, mode='jit'))
+    with checkpoint.Checkpoints(workdir / 'checkpoints', identity=recipe.identity) as checkpoints:
+      states.append(arrays(train.restore_or_init(recipe, mesh, checkpoints)[0]))
+  assert int(states[0].step) == 60
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def _config_of(workdir):
+  return command_line.parse(['fmzoo', f'--workdir={workdir}'])[1]
+
+
+def test_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
+  recipe = tiny.recipe('fm', mesh__data=1)
+  train.train(recipe, tmp_path)
+  newest = tmp_path / 'checkpoints' / '4'
+  damaged = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  damaged.write_bytes(damaged.read_bytes()[:100])
+  again = train.train(recipe, tmp_path)
+  assert int(again.step) == 4
+  assert any('damaged' in record.message for record in caplog.records)
+  kept = [path.name for path in (tmp_path / 'checkpoints').iterdir()]
+  assert '4' in kept and any(name.startswith('damaged-4') for name in kept)
+
+
+def test_results_lost_with_the_last_process_are_made_up_for(tmp_path):
+  """A run killed between its last save and its numbers owes them to the next start."""
+  recipe = tiny.recipe('fm', mesh__data=1, run__steps=2)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(train.Hooks, 'preview', lambda self, done, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train.train(recipe, tmp_path)
+  results = tmp_path / 'evaluations' / evaluate.result_name(recipe, 2, 'ema')
+  assert not results.exists()
+  train.train(recipe, tmp_path)
+  picture = tmp_path / 'samples' / 'step_0000002.png'
+  assert picture.exists() and (results / 'metrics.json').exists()
+  assert json.loads((results / 'protocol.json').read_text())['weights'] == 'ema'
+  picture.write_bytes(b'')
+  train.train(recipe, tmp_path)  # everything is there: nothing is done twice
+  assert picture.read_bytes() == b'' and not (results / 'earlier_1').exists()
+
+
+def test_prolonged_run_stretches_its_schedules(tmp_path):
+  """What follows run.steps follows it from a stored config, too."""
+  config = tiny.config('soflow')
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  longer = command_line.parse(['fmzoo', f'--workdir={tmp_path}', '--config.run.steps=8'])[1]
+  config.run.steps = 8
+  rows, keys = tiny.batch(4), jax.random.split(jax.random.key(0), 4)
+  ratios = []
+  for recipe in (build.recipe(longer), build.recipe(config)):
+    params = recipe.method.init(jax.random.key(0))
+    ratios.append(recipe.method.loss(params, rows, keys, 6)[1]['consistency/middle_ratio'])
+  assert ratios[0] == ratios[1] and float(ratios[0]) < 0.01
