@@ -71,7 +71,7 @@ def micro_batches(batch, count, period):
   return jax.tree.map(split, batch)
 
 
-def _accumulated(value_and_grad, params, batch, rng, count, period):
+def _accumulated(value_and_grad, params, batch, rng, *, count, period):
   """Means of ((loss, metrics), gradient) over `count` micro-batches, one after the other."""
   if count == 1:
     return value_and_grad(params, batch, rng)
@@ -120,7 +120,7 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
 
     (loss, metrics), grads = _accumulated(
       jax.value_and_grad(loss_fn, has_aux=True), params, batch, row_keys(rng_loss, rows),
-      accumulate_steps, method.period,
+      count=accumulate_steps, period=method.period,
     )
     if axis_name is not None:
       loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)

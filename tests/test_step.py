@@ -16,7 +16,7 @@ from tests import tiny
 
 def run(method, devices, mode, steps=3, tx=None, accumulate=1):
   """Trains a few steps and returns (state, losses, gradient norms) on the host."""
-  recipe = tiny.recipe(method)
+  recipe = tiny.recipe(method, run__steps=steps)
   tx = tx or recipe.tx
   mesh = meshes.make(meshes.Config(data=devices, mode=mode))
   whole = meshes.replicated(mesh)

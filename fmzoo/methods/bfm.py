@@ -242,7 +242,7 @@ def score(path, v, x, t):
   return (ratio * v - x) / (b**2 - ratio * db * b)
 
 
-def step_state(path, sampler, x, v, t, t_next, noise):
+def step_state(path, sampler, x, v, *, t, t_next, noise):
   """Moves the state one step: Euler, or Euler-Maruyama of the reverse SDE with diffusion w = 2 t.
 
     x <- x + (v - w score / 2) dt + sqrt(w |dt|) noise
@@ -310,7 +310,7 @@ def integrate(config, net, params, plan, x, labels, num_classes, *, guidance, sa
     t, t_next, guided, noisy, index = now
     v = velocity_at(x, t, f, guided)
     noise = jnp.where(noisy, noise_at(index), 0.0) if sampler == 'sde' else None
-    return step_state(config.path, sampler, x, v, t, t_next, noise)
+    return step_state(config.path, sampler, x, v, t=t, t_next=t_next, noise=noise)
 
   def segment(x, steps):
     """First step with the full feature network; the others with it, too, or with the FRN."""
@@ -340,7 +340,9 @@ def integrate(config, net, params, plan, x, labels, num_classes, *, guidance, sa
     t, t_next = (jnp.float32(value) for value in plan.extra)
     guided = jnp.asarray(plan.guided[-1, -1])
     v = velocity_at(x, t, features_at(x, t, guided, net.features), guided)
-    x = step_state(config.path, sampler, x, v, t, t_next, jnp.zeros_like(x))
+    x = step_state(
+      config.path, sampler, x, v, t=t, t_next=t_next, noise=jnp.zeros_like(x)
+    )
   return x
 
 

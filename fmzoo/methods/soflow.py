@@ -178,7 +178,7 @@ def velocity_terms(config, v, target):
   return weight * error, error, weight
 
 
-def difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid):
+def difference_quotient(config, x_t, *, n_t, n_mid, velocity, t, s, t_mid):
   """Returns q = (f(x_t, t, s) - f(x_mid, t_mid, s)) / (t - t_mid), x_mid = x_t + V (t_mid - t).
 
   For 'euler' it is written as V - N_mid - (t - s) / (t - t_mid) (N_t - N_mid), in which the large
@@ -358,7 +358,7 @@ def flow_loss(config, rows, out, v_null):
   return jnp.sum(terms), metrics
 
 
-def consistency_loss(config, net, params, rows, n_t, v_null, v_own):
+def consistency_loss(config, net, params, rows, *, n_t, v_null, v_own):
   """Consistency of rows whose network output is given; one more call at the middle time.
 
   Args:
@@ -373,7 +373,9 @@ def consistency_loss(config, net, params, rows, n_t, v_null, v_own):
   velocity = target_velocity(config, rows, v_null, v_own)
   x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
   n_mid = net.apply(jax.lax.stop_gradient(params), x_mid, t_mid, t_mid - s, rows.labels)
-  quotient = difference_quotient(config, x_t, n_t, n_mid, velocity, t, s, t_mid)
+  quotient = difference_quotient(
+    config, x_t, n_t=n_t, n_mid=n_mid, velocity=velocity, t=t, s=s, t_mid=t_mid
+  )
   terms, error, weight = consistency_terms(config, n_t, quotient, t, s)
   return jnp.sum(terms), {'consistency/mse': error, 'consistency/weight': weight}
 
@@ -416,7 +418,7 @@ def loss_of_rows(config, net, num_classes, params, rows):
     total, metrics = total + value, metrics | found
   if is_consistency.any():
     value, found = consistency_loss(
-      config, net, params, of_consistency, n_t, null_consistency, v_own
+      config, net, params, of_consistency, n_t=n_t, v_null=null_consistency, v_own=v_own
     )
     total, metrics = total + value, metrics | found
   return total / size, {name: jnp.mean(value) for name, value in metrics.items()}

@@ -194,7 +194,7 @@ def test_difference_quotient_is_its_definition(solution):
 
   exact = (solved(x, n_t, t) - solved(x + velocity * (t_mid - t), n_mid, t_mid)) / (t - t_mid)
   ours = soflow.difference_quotient(
-    config, x, n_t, n_mid, velocity, given.t, given.s, given.t_mid
+    config, x, n_t=n_t, n_mid=n_mid, velocity=velocity, t=given.t, s=given.s, t_mid=given.t_mid
   )
   np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * np.abs(exact).max())
 
