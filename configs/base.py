@@ -12,7 +12,7 @@ def get():
   config = ConfigDict()
   config.run = ConfigDict({
     'seed': 0,  # of parameters, data order and every random number of training
-    'steps': 4000,  # optimiser steps in all
+    'steps': 3000,  # optimiser steps in all
     'init_from': '',  # workdir of another run to start the parameters from (its EMA); '' is none
   })
   config.data = ConfigDict({

@@ -3,7 +3,7 @@
   python -m fmzoo.main --config=configs/bfm_digits.py
   python -m fmzoo.main --config=configs/bfm_digits_frn.py     # then the residual network
 
-Two CPU cores, minutes; batch 126 (21 rows for each of 6 segments), 4,000 steps. Semantic feature
+Two CPU cores, minutes; batch 126 (21 rows for each of 6 segments), 3,000 steps. Semantic feature
 guidance needs a frozen encoder: there is none for 8x8 digits, so a small classifier is trained on
 the digits at the start of the run (seconds) and frozen. Everything else is the architecture and the
 loss of arXiv:2510.21167 at a small size.

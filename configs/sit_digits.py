@@ -2,7 +2,7 @@
 
   python -m fmzoo.main --config=configs/sit_digits.py
 
-Two CPU cores, minutes; batch 128, 4,000 steps (285 epochs). Same data, budget and width as
+Two CPU cores, minutes; batch 128, 3,000 steps (214 epochs). Same data, budget and width as
 `soflow_digits.py` and `bfm_digits.py`.
 """
 

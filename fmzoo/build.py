@@ -236,24 +236,29 @@ def _check_value(dotted, value):
 
 def _method(config, data, run):
   """Makes the network and the method around it."""
+  _check_names(config, run)
+  model = importlib.import_module(f'fmzoo.models.{config.model.name}')
+  method = importlib.import_module(f'fmzoo.methods.{config.method.name}')
+  network = _section(model.Config, config, 'model', drop=('name',))
+  settings = _section(
+    method.Config, config, 'method', drop=('name',), given={'total_steps': run.steps}
+  )
+  net = model.make(network, data.latent_shape, data.num_classes)
+  return method.make(settings, net, data.latent_shape, data.num_classes)
+
+
+def _check_names(config, run):
+  """Refuses an unknown method or network, and two that do not belong together."""
   for section in ('method', 'model'):
     _check_value(f'{section}.name', config[section].get('name', None))
   name = config.method.name
-  model = importlib.import_module(f'fmzoo.models.{config.model.name}')
-  method = importlib.import_module(f'fmzoo.methods.{name}')
   for key, needed in METHODS[name].items():
     if config.model.get(key, needed) != needed:
       raise ValueError(f"model.{key}={config.model[key]!r} must be {needed!r} for method '{name}'")
-  settings = _section(model.Config, config, 'model', drop=('name',))
   if name in STAGES and not run.init_from:
     raise ValueError(
       f"run.init_from='' must be the workdir of a finished '{STAGES[name]}' run for method '{name}'"
     )
-  given = {'total_steps': run.steps}
-  return method.make(
-    _section(method.Config, config, 'method', drop=('name',), given=given),
-    model.make(settings, data.latent_shape, data.num_classes), data.latent_shape, data.num_classes,
-  )
 
 
 def _check_data(config, data, method):

@@ -119,12 +119,12 @@ def load_params(recipe, mesh, workdir, at_step=None):
     )
 
 
-def open_checkpoints(recipe, workdir, identity=None):
-  """Opens the checkpoints of a workdir for reading only."""
+def open_checkpoints(recipe, workdir, *, identity=None, read_only=True):
+  """Opens the checkpoints of a workdir; `identity` is the recipe's unless another is given."""
   return checkpoint.Checkpoints(
     pathlib.Path(workdir) / 'checkpoints',
     identity=recipe.identity if identity is None else identity,
-    keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps, read_only=True,
+    keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps, read_only=read_only,
   )
 
 

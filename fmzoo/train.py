@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, checkpoint, pictures, sample, step, writer
+from fmzoo import build, pictures, sample, step, writer
 from fmzoo import evaluate as evaluation
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
@@ -35,10 +35,7 @@ def train(recipe, workdir):
   mesh = meshes.make(recipe.mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = build.source(recipe.data)
-  checkpoints = checkpoint.Checkpoints(
-    pathlib.Path(workdir) / 'checkpoints', identity=recipe.identity,
-    keep_last=recipe.log.keep_last, keep_steps=recipe.log.keep_steps,
-  )
+  checkpoints = sample.open_checkpoints(recipe, workdir, read_only=False)
   begun = time.time()
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints)

@@ -41,7 +41,7 @@ ALLOWED = {
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.build', 'fmzoo.checkpoint', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
+    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
   'fmzoo.main': (set(), {
