@@ -3,6 +3,7 @@
   python -m fmzoo.main --config=configs/bfm_xl.py --config.data.path=DIR
 
 963,401,712 parameters; global batch 1536, 1,167,600 steps (1,400 epochs of 1,281,167 images).
+Training needs DINOv2 features of the images behind the latents, which fmzoo does not have yet.
 Source: arXiv:2510.21167 and its official configuration, which differs from what its code reads in
 places; the values are those that take effect.
 """
