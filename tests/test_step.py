@@ -51,9 +51,9 @@ def reference(request):
   return request.param, *run(request.param, 1, 'jit', tx=optax.sgd(0.1))
 
 
-@pytest.mark.parametrize('devices,mode', [(2, 'jit'), (8, 'jit'), (2, 'pmap'), (8, 'pmap')])
+@pytest.mark.parametrize('devices,mode', [(8, 'jit'), (2, 'pmap')])
 def test_layout_changes_nothing(reference, devices, mode):
-  """SGD shows the scale of the gradient, which Adam would hide."""
+  """SGD shows the scale of the gradient, which Adam would hide; the other layouts are below."""
   method, state, metrics = reference
   other, values = run(method, devices, mode, tx=optax.sgd(0.1))
   np.testing.assert_allclose(values, metrics, rtol=1e-5)

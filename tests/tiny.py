@@ -20,7 +20,7 @@ def config(method, **changes):
   config.run.steps = 4
   config.log.update(log_every_steps=2, preview_every_steps=0, checkpoint_every_steps=2)
   config.sample.update(num_images=10, batch_size=10)
-  config.eval.num_images = 20
+  config.eval.update(name='none', num_images=20)
   if method in ('bfm', 'bfm_frn'):
     config.model.update(lora_width=8, segments=3, feature_depth=1, projector_width=16)
     config.sample.num_steps = 2
