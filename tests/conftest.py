@@ -10,7 +10,9 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Most of a test's time is compilation, and many tests compile the same programs.
+# Most of a test's time is compilation, which optimises little here, and many tests compile the same
+# programs. Commands that tests start are compiled as ever.
+jax.config.update('jax_disable_most_optimizations', True)
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)  # for the processes that tests start
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
