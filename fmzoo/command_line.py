@@ -54,16 +54,16 @@ def parse(argv):
   flags.DEFINE_integer('step', None, 'checkpoint, in finished steps', flag_values=values)
   flags.DEFINE_string('samples', None, 'images to measure', flag_values=values)
   recipe = flag_value(argv, 'config')
-  if recipe is not None:
-    config_flags.DEFINE_config_file(
-      'config', None, 'recipe', flag_values=values, sys_argv=argv
-    )
-  else:
-    stored = stored_config(argv)
-    config_flags.DEFINE_config_dict(
-      'config', stored, 'recipe', flag_values=values, sys_argv=argv
-    )
+  stored = stored_config(argv) if recipe is None else None
   try:
+    if recipe is None:
+      config_flags.DEFINE_config_dict(
+        'config', stored, 'recipe', flag_values=values, sys_argv=argv
+      )
+    else:
+      config_flags.DEFINE_config_file(
+        'config', None, 'recipe', flag_values=values, sys_argv=argv
+      )
     _, *positional = values(argv)
     config = values.config
   except (

@@ -76,7 +76,7 @@ def evaluate_params(recipe, workdir, sampler, params, done, *, weights):
 
 def result_name(recipe, done, weights):
   """Returns the folder, below evaluations/, of a measurement of a checkpoint."""
-  return f'step={done}_{sample.describe(recipe, weights=weights)}'
+  return f'step={done}_n={recipe.eval.num_images}_{sample.describe(recipe, weights=weights)}'
 
 
 def _plain(value):

@@ -52,6 +52,10 @@ def finished(tmp_path_factory):
 # name: (arguments, words of the line); {workdir} has a finished run, {empty} has nothing.
 CASES = {
   'unknown key': ((RECIPE, '--config.optim.lr=1'), ('lr',)),
+  'unknown key of a stored recipe': (
+    ('sample', '--workdir={workdir}', '--config.sample.num_step=4'), ('num_step',)),
+  'unknown section of a stored recipe': (
+    ('sample', '--workdir={workdir}', '--config.smaple.num_steps=4'), ('smaple',)),
   'unknown section': ((RECIPE, '--config.optimizer.lr=1'), ('optimizer',)),
   'not a number': ((RECIPE, '--config.run.steps=many'), ('run.steps', 'many')),
   'not an integer': ((RECIPE, '--config.run.steps=1.5'), ('run.steps', '1.5')),
