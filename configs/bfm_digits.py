@@ -29,6 +29,7 @@ def get_config():
     'feature_depth': 3,
     'frn_depth': 0,
     'lora_width': 32,
+    'rotary_theta': 10000.0,
     'feature_dim': 64,
     'projector_width': 256,
     'dtype': 'float32',
@@ -40,6 +41,7 @@ def get_config():
   config.method = ConfigDict({
     'name': 'bfm',
     'path': 'linear',
+    'edges': (),
     'alignment_weight': 0.05,
     'label_dropout': 0.1,
   })
@@ -50,6 +52,7 @@ def get_config():
   config.ema.decay = 0.998
   config.ema.ramp = True
   config.sample.num_steps = 8
+  config.sample.segment_steps = ()
   config.sample.guidance = 1.0
   config.sample.guidance_interval = (0.0, 1.0)
   config.sample.sampler = 'ode'

@@ -17,6 +17,8 @@ def get_config():
   config.run.init_from = 'runs/bfm_digits'
   config.run.steps = 2000
   config.model.frn_depth = 1
-  config.method = ConfigDict({'name': 'bfm_frn', 'path': 'linear', 'label_dropout': 0.1})
+  config.method = ConfigDict({
+    'name': 'bfm_frn', 'path': 'linear', 'edges': (), 'label_dropout': 0.1,
+  })
   config.sample.sampler = 'ode_frn'
   return config

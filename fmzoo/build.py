@@ -45,7 +45,9 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
   'data.num_classes': (1, None), 'data.num_threads': (0, None),
   'model.patch': (1, None), 'model.width': (1, None), 'model.depth': (1, None),
   'model.heads': (1, None), 'model.mlp_ratio': (0.01, None), 'model.unroll': (1, None),
-  'model.frn_depth': (0, None), 'model.lora_width': (1, None), 'model.feature_dim': (1, None),
+  'model.segments': (1, None), 'model.segment_depth': (1, None), 'model.feature_depth': (1, None),
+  'model.frn_depth': (0, None), 'model.lora_width': (1, None), 'model.rotary_theta': (1, None),
+  'model.feature_dim': (1, None),
   'model.projector_width': (1, None),
   'method.label_dropout': (0, 1), 'method.time_std': (0, None),
   'method.alignment_weight': (0, None),
@@ -324,13 +326,27 @@ def optimizer(optim, steps):
   return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adam) if optim.clip_norm else adam
 
 
+def stage_identity(recipe):
+  """Returns what the run at run.init_from must have in common with this one.
+
+  That is the method of the stage before, or this one's, and all that decides how the two fit.
+  """
+  name = STAGES.get(recipe.method_name, recipe.method_name)
+  own = ('method.name', 'model.frn_depth', 'data.batch_size', 'run.seed')  # may differ
+  same = {
+    key: value for key, value in recipe.identity.items()
+    if key not in own and (not key.startswith('method.') or key in ('method.path', 'method.edges'))
+  }
+  return {'method.name': name} | same
+
+
 def data_path(data):
   """Returns the folder of a data set that is on disk."""
   root = os.environ.get('FMZOO_DATA_DIR', 'data')
   return data.path or os.path.join(root, data.name)
 
 
-def source(data):
+def source(recipe):
   """Opens the rows of `data.name`: random access to dicts of numpy arrays.
 
   Raises:
@@ -338,23 +354,31 @@ def source(data):
   """
   from fmzoo.data import digits, latents, pipeline  # grain: an accelerator machine may lack it
 
-  rows = digits.DigitsSource() if data.name == 'digits' else latents.LatentSource(data_path(data))
+  data, model = recipe.data, recipe.config['model']
+  aligned = 'feature' in recipe.method.inputs
+  rows = (
+    digits.DigitsSource() if data.name == 'digits'
+    else latents.LatentSource(data_path(data), with_feature=aligned)
+  )
+  tokens = (data.latent_size // model['patch']) ** 2
   pipeline.check_fit(
     rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
     latent_scale=data.latent_scale,
+    feature_shape=(tokens, model['feature_dim']) if aligned else None,
   )
+  if aligned and data.name != 'digits' and not rows.feature_shape:
+    raise ValueError(
+      f"{rows.name}: no features of a frozen encoder are stored with these latents, method"
+      f" '{recipe.method_name}' aligns with them; write the latents again with encoder and"
+      " feature_shape, as section 'Data' of README.md shows"
+    )
   return rows
 
 
 def inputs(recipe, rows, workdir):
   """Returns (inputs, frozen): what the device does before the loss, and its frozen parameters."""
-  if 'feature' not in recipe.method.inputs:
+  if 'feature' not in recipe.method.inputs or rows.feature_shape:
     return device_inputs.make(recipe.data.latent_scale), ()
-  if recipe.data.name != 'digits':
-    raise ValueError(
-      f"data.name='{recipe.data.name}': method '{recipe.method_name}' aligns with a frozen encoder,"
-      ' and only digits have one so far; use configs/bfm_digits.py'
-    )
   from fmzoo import encoders
 
   encode, frozen = encoders.digits(workdir, rows, recipe.data.num_classes, recipe.run.seed)

@@ -24,6 +24,9 @@ def sample_moments(moments, noise, scale):
 def make(latent_scale, encode=None):
   """Builds inputs(frozen, batch, rng [B]) -> batch with 'latent' and, given an encoder, 'feature'.
 
+  Without an encoder, a 'feature' that the batch brings along (stored with its latents) stays, in
+  float32.
+
   Args:
     latent_scale: see `sample_moments`; used when a batch holds 'moments' in place of 'latent'.
     encode: (frozen, latent [B, H, W, C]) -> features [B, N, F] of a frozen encoder, or None.
@@ -40,6 +43,8 @@ def make(latent_scale, encode=None):
       batch['latent'] = sample_moments(moments, noise, latent_scale)
     if encode is not None:
       batch['feature'] = jax.lax.stop_gradient(encode(frozen, batch['latent']))
+    if 'feature' in batch:
+      batch['feature'] = batch['feature'].astype(jnp.float32)
     return batch
 
   return inputs

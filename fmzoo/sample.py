@@ -180,20 +180,28 @@ def sample(recipe, workdir, at_step=None):
   return path
 
 
-def initial_params(recipe, mesh):
+def initial_params(recipe, mesh, identity):
   """Returns fresh parameters with all that run.init_from holds in place of them.
 
   A second stage starts so: the first stage's averaged weights, and its own new subtree.
 
+  Args:
+    recipe: build.Recipe.
+    mesh: devices that get a copy each.
+    identity: what the run there must have in common with this one, build.stage_identity.
+
   Raises:
-    ValueError: if run.init_from has no checkpoint, or its shapes differ.
+    ValueError: if run.init_from has no checkpoint, or one of another kind.
   """
   fresh = jax.jit(recipe.method.init, out_shardings=meshes.replicated(mesh))(
     jax.random.key(recipe.run.seed)
   )
-  with open_checkpoints(recipe, recipe.run.init_from, identity={}) as checkpoints:
-    held = checkpoints.subtrees()
-    wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
-    params, done = checkpoints.restore_params(wanted, ema=True)
+  try:
+    with open_checkpoints(recipe, recipe.run.init_from, identity=identity) as checkpoints:
+      held = checkpoints.subtrees()
+      wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
+      params, done = checkpoints.restore_params(wanted, ema=True)
+  except ValueError as error:
+    raise ValueError(f'run.init_from={recipe.run.init_from}: {error}') from error
   logging.info('parameters from step %d of %s', done, recipe.run.init_from)
   return {**fresh, **params}

@@ -140,6 +140,7 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
     state = TrainState(
       state.step + 1, state.rng, merge(params, fixed), ema, opt_state, bad_steps
     )
-    return state, {**metrics, 'loss': loss, 'grad_norm': grad_norm, 'bad_steps': bad_steps}
+    metrics |= {'loss': loss, 'grad_norm': grad_norm, 'bad_steps': bad_steps}
+    return state, metrics | method.grad_metrics(grads)
 
   return train_step

@@ -34,7 +34,7 @@ def train(recipe, workdir):
   method, settings = recipe.method, recipe.run
   mesh = meshes.make(recipe.mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
-  rows = build.source(recipe.data)
+  rows = build.source(recipe)
   checkpoints = sample.open_checkpoints(recipe, workdir, read_only=False)
   begun = time.time()
   with contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def restore_or_init(recipe, mesh, checkpoints):
     return restored
   params = None
   if recipe.run.init_from:
-    params = sample.initial_params(recipe, mesh)
+    params = sample.initial_params(recipe, mesh, build.stage_identity(recipe))
   return jax.jit(init, out_shardings=replicated)(params), 0
 
 
@@ -169,6 +169,11 @@ class Hooks:
       done, self.recipe.run.steps, values['loss'], values['grad_norm'],
       values['steps_per_second'], left,
     )
+    untrained = [name for name in sorted(values) if name.endswith('/grad_norm') and not values[name]]
+    if untrained and done > 1:  # before the first step most gates are closed
+      logging.warning(
+        'no gradient since the last log step, these parts are not trained: %s', ', '.join(untrained)
+      )
     bad = max(int(m['bad_steps']) for m in fetched)
     if bad >= self.recipe.optim.max_bad_steps:
       raise ValueError(

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import build, cost, encoders, inputs
-from fmzoo.data import digits
+from fmzoo import build, cost, encoders, inputs, step
+from fmzoo.data import digits, latents, pipeline
+from fmzoo.methods import base
 from tests import tiny
 
 
@@ -28,6 +29,30 @@ def test_inputs_replace_moments_and_add_features():
   assert set(out) == {'latent', 'label', 'feature'}
   np.testing.assert_allclose(out['feature'], 10.0)
   assert 'moments' in batch, 'the caller keeps its batch'
+
+
+def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):
+  """From disk through pipeline and train step; the loss hands it back as a metric."""
+  rng = np.random.default_rng(0)
+  features = rng.standard_normal((6, 3, 5)).astype(np.float32)
+  latents.write_latents(
+    tmp_path, ({'moments': np.ones((2, 2, 2)), 'feature': f, 'label': 0} for f in features),
+    latent_shape=(2, 2, 1), num_classes=1, vae='toy', vae_hash='', scale=1.0, crop='none',
+    dtype='float32', encoder='toy', feature_shape=(3, 5),
+  )
+  batches = pipeline.batches(
+    latents.LatentSource(tmp_path), batch_size=6, seed=0, shuffle=False, num_threads=0
+  )
+  method = base.Method(
+    init=lambda rng: jnp.zeros(()), trainable=lambda params: True, sample=None, period=1,
+    inputs=('latent', 'feature'),
+    loss=lambda params, batch, rng, step: (params, {'feature': batch['feature']}),
+  )
+  tx = optax.sgd(0.0)
+  train_step = jax.jit(step.make(method, tx, inputs.make(1.0), ema_decay=0.9))
+  _, metrics = train_step(step.init_state(method, tx, jax.random.key(0)), next(batches), ())
+  assert metrics['feature'].dtype == np.float32
+  np.testing.assert_array_equal(metrics['feature'], features)
 
 
 def test_no_gradient_flows_into_the_encoder():

@@ -5,6 +5,7 @@ import numpy as np
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_digits
 from fmzoo import build
+from fmzoo.models import blockwise
 
 RECIPES = {
   'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
@@ -37,6 +38,17 @@ def config(method, **changes):
 def recipe(method, **changes):
   """Returns the Recipe of `config`."""
   return build.recipe(config(method, **changes))
+
+
+def blockwise_net(method='bfm_frn', **changes):
+  """Returns the blockwise network of `config`; its functions are jitted, since eagerly every call
+  would compile its scan anew.
+  """
+  model = dict(config(method, **changes).model)
+  del model['name']
+  made = blockwise.make(blockwise.Config(**model), (8, 8, 1), 10)
+  jitted = {name: jax.jit(part) for name, part in made._asdict().items() if callable(part)}
+  return made._replace(**jitted)
 
 
 def batch(size, latent_shape=(8, 8, 1), feature=(16, 64), seed=0):

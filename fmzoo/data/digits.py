@@ -14,6 +14,7 @@ class DigitsSource:
   latent_shape = (8, 8, 1)
   num_classes = 10
   latent_scale = 1.0  # latents are stored, not moments
+  feature_shape = ()  # no features are stored; the device computes them
 
   def __init__(self):
     import sklearn.datasets  # takes a second, and only digits need it

@@ -1,14 +1,16 @@
 """The stored latent format: VAE moments of many images in ArrayRecord shards, and a manifest.
 
 A folder holds `manifest.json` (`Manifest`) and the shards `latents-00000-of-00004.array_record`. A
-record is the bytes of moments [H, W, 2 C], C mean channels and then C standard deviations, followed
-by the label as int32; little-endian, no header. Moments are unscaled.
+record is the bytes of moments [H, W, 2 C], C mean channels and then C standard deviations, of the
+patch features [N, F] of a frozen encoder, if there are any, and of the label as int32;
+little-endian, no header. Moments are unscaled.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -16,7 +18,7 @@ import tempfile
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-VERSION = 1
+VERSION = 2
 DTYPES = {'float16': np.dtype('<f2'), 'float32': np.dtype('<f4')}
 LABEL = np.dtype('<i4')
 
@@ -30,34 +32,41 @@ class Manifest:
   shards: list  # {'name', 'count' (rows), 'bytes', 'sha256'} of each file, in the order of the rows
   latent_shape: list  # [H, W, C]
   layout: str  # order of a latent's axes; 'HWC'
-  dtype: str  # of the stored moments, 'float16' or 'float32'
+  dtype: str  # of the stored moments and features, 'float16' or 'float32'
   num_classes: int  # labels are 0 .. num_classes - 1
   vae: str  # name of the VAE that made the moments
   vae_hash: str  # of its weights
   scale: float  # latent = scale times a draw from the moments
   crop: str  # how images were cut before encoding
+  encoder: str  # name of the frozen encoder that made the features; '' where none are stored
+  feature_shape: list  # [N, F], patch tokens and their width; [] where none are stored
 
 
 class LatentSource:
   """Rows {'moments': [H, W, 2 C] float32, 'label': [] int32} by index.
 
-  Opening checks that every shard is there with the size and rows of the manifest; checksums take
-  a pass over all bytes and are for `verify`.
+  Rows also have 'feature', [N, F] in the stored dtype (half the bytes on their way to the device),
+  where features are stored and asked for: only then is `encoder` not '' and `feature_shape` not ().
+  Opening checks that every shard is there with the
+  size and rows of the manifest; checksums take a pass over all bytes and are for `verify`.
 
   Args:
     path: folder written by `write_latents`.
+    with_feature: False leaves stored features out of the rows, for methods that need none.
 
   Raises:
     ValueError: one line, if the folder is missing, incomplete or of another format.
   """
 
-  def __init__(self, path):
+  def __init__(self, path, with_feature=True):
     self.manifest = read_manifest(path)
     self.name = f'data.path={path}'
     height, width, channels = self.latent_shape = tuple(self.manifest.latent_shape)
     self.num_classes = self.manifest.num_classes
     self.latent_scale = self.manifest.scale
-    self._shape = (height, width, 2 * channels)
+    self.encoder = self.manifest.encoder if with_feature else ''
+    self.feature_shape = tuple(self.manifest.feature_shape) if with_feature else ()
+    self._moments_shape = (height, width, 2 * channels)
     self._dtype = DTYPES[self.manifest.dtype]
     files = []
     for shard in self.manifest.shards:
@@ -79,17 +88,24 @@ class LatentSource:
         f'{self.name}: row {index} is damaged; fmzoo.data.latents.verify names the shard, write'
         ' the latents again'
       ) from error
-    split = len(record) - LABEL.itemsize
-    moments = np.frombuffer(record[:split], self._dtype)
-    if moments.size != np.prod(self._shape):
+    stored = self.manifest.feature_shape  # also where rows leave features out
+    moments = math.prod(self._moments_shape)
+    numbers = moments + (math.prod(stored) if stored else 0)
+    if len(record) != numbers * self._dtype.itemsize + LABEL.itemsize:
+      features = f', features {tuple(stored)}' if stored else ''
       raise ValueError(
         f'{self.name}: row {index} has {len(record)} bytes, which is not moments'
-        f' {self._shape} {self.manifest.dtype} and a label; write the latents again'
+        f' {self._moments_shape}{features} {self.manifest.dtype} and a label; write the latents'
+        ' again'
       )
-    return {
-      'moments': moments.reshape(self._shape).astype(np.float32),
-      'label': np.frombuffer(record[split:], LABEL)[0].astype(np.int32),
+    values = np.frombuffer(record, self._dtype, numbers)
+    row = {
+      'moments': values[:moments].reshape(self._moments_shape).astype(np.float32),
+      'label': np.frombuffer(record[-LABEL.itemsize :], LABEL)[0].astype(np.int32),
     }
+    if self.feature_shape:
+      row['feature'] = values[moments:].reshape(self.feature_shape)
+    return row
 
 
 def read_manifest(path):
@@ -103,7 +119,8 @@ def read_manifest(path):
     problem = 'holds no manifest.json' if file.parent.is_dir() else 'is not a folder'
     raise ValueError(
       f'data.path={path} {problem}; expected latents as fmzoo.data.latents.write_latents writes'
-      ' them (manifest.json and ArrayRecord shards): write them there or set data.path'
+      " them (manifest.json and ArrayRecord shards): write them there, as section 'Data' of"
+      ' README.md shows, or set data.path'
     )
   try:
     values = json.loads(file.read_text())
@@ -116,6 +133,7 @@ def read_manifest(path):
       )
     if len(manifest.latent_shape) != 3:
       raise ValueError(f'latent_shape {manifest.latent_shape}, expected [H, W, C]')
+    _check_encoder(manifest.encoder, manifest.feature_shape)
     if sum(shard['count'] for shard in manifest.shards) != manifest.count:
       raise ValueError(f'count {manifest.count}, but its shards have another sum')
   except (ValueError, KeyError, TypeError) as error:
@@ -142,33 +160,39 @@ def verify(path):
 
 def write_latents(
   path, rows, *, latent_shape, num_classes, vae, vae_hash, scale, crop,
-  dtype='float16', rows_per_shard=65536,
+  dtype='float16', rows_per_shard=65536, encoder='', feature_shape=(),
 ):
   """Writes a folder that `LatentSource` reads; it counts as written once its manifest is there.
 
   Args:
     path: folder; made if missing, refused if it has a manifest.
-    rows: iterable of {'moments': [H, W, 2 C], mean and standard deviation, 'label': int}.
+    rows: iterable of {'moments': [H, W, 2 C], mean and standard deviation, 'label': int}, and
+      'feature': [N, F] if there is an encoder.
     latent_shape: (H, W, C).
     num_classes, vae, vae_hash, scale, crop, dtype: see `Manifest`.
     rows_per_shard: most rows of a file.
+    encoder, feature_shape: see `Manifest`; both or neither.
 
   Returns:
     The Manifest.
 
   Raises:
     ValueError: if there are latents already or no rows, or a row has another shape, a label out of
-      range or a number that `dtype` cannot hold.
+      range, a negative standard deviation or a number that `dtype` cannot hold.
   """
   path = pathlib.Path(path)
   if (path / 'manifest.json').exists():
     raise ValueError(f'{path} holds latents already; choose another folder or remove them first')
   if dtype not in DTYPES:
     raise ValueError(f"dtype='{dtype}' must be {' or '.join(DTYPES)}")
-  path.mkdir(parents=True, exist_ok=True)
-  records = (
-    _encode(row, index, latent_shape, num_classes, dtype) for index, row in enumerate(rows)
+  _check_encoder(encoder, list(feature_shape))
+  manifest = Manifest(
+    version=VERSION, count=0, shards=[], latent_shape=list(latent_shape), layout='HWC',
+    dtype=dtype, num_classes=num_classes, vae=vae, vae_hash=vae_hash, scale=scale, crop=crop,
+    encoder=encoder, feature_shape=list(feature_shape),
   )
+  path.mkdir(parents=True, exist_ok=True)
+  records = (_encode(row, index, manifest) for index, row in enumerate(rows))
   with tempfile.TemporaryDirectory(dir=path, prefix='partial-') as partial:
     counts = []
     for record in records:
@@ -176,32 +200,61 @@ def write_latents(
       counts.append(_write_shard(pathlib.Path(partial) / str(len(counts)), shard))
     if not counts:
       raise ValueError(f'no rows to write to {path}')
-    manifest = Manifest(
-      version=VERSION, count=sum(counts), shards=_publish(path, partial, counts),
-      latent_shape=list(latent_shape), layout='HWC', dtype=dtype, num_classes=num_classes,
-      vae=vae, vae_hash=vae_hash, scale=scale, crop=crop,
-    )
+    shards = _publish(path, partial, counts)
+    manifest = dataclasses.replace(manifest, count=sum(counts), shards=shards)
     text = json.dumps(dataclasses.asdict(manifest), indent=2)
     (pathlib.Path(partial) / 'manifest.json').write_text(text)
     os.replace(pathlib.Path(partial) / 'manifest.json', path / 'manifest.json')
   return manifest
 
 
-def _encode(row, index, latent_shape, num_classes, dtype):
-  """Returns the bytes of one record, checked."""
-  height, width, channels = latent_shape
-  with np.errstate(over='ignore'):  # what does not fit becomes inf, and is refused below
-    moments = np.asarray(row['moments']).astype(DTYPES[dtype])
-  label = int(row['label'])
-  if moments.shape != (height, width, 2 * channels):
+def _check_encoder(encoder, feature_shape):
+  """Refuses an encoder without features, features without an encoder, and those not [N, F]."""
+  if bool(encoder) != bool(feature_shape):
     raise ValueError(
-      f'row {index} has moments {moments.shape}, expected {(height, width, 2 * channels)}'
+      f"encoder='{encoder}', feature_shape={feature_shape}: expected both or neither"
     )
-  if not np.isfinite(moments).all():
-    raise ValueError(f'row {index} has moments that {dtype} cannot hold; check it or use float32')
-  if not 0 <= label < num_classes:
-    raise ValueError(f'row {index} has label {label}, expected 0 to {num_classes - 1}')
-  return moments.tobytes() + np.array(label, LABEL).tobytes()
+  if len(feature_shape) not in (0, 2):
+    raise ValueError(f'feature_shape {feature_shape}, expected [N, F]')
+
+
+def _encode(row, index, manifest):
+  """Returns the bytes of one record, checked."""
+  height, width, channels = manifest.latent_shape
+  moments = _stored(row, index, 'moments', (height, width, 2 * channels), manifest.dtype)
+  lowest = moments[..., channels:].min()
+  if lowest < 0:
+    raise ValueError(
+      f'row {index} has a standard deviation of {lowest}, expected 0 or more; if the last'
+      f' {channels} channels of its moments are log-variances, write exp(log-variance / 2)'
+    )
+  if ('feature' in row) != bool(manifest.feature_shape):
+    problem = 'a feature' if 'feature' in row else 'no feature'
+    raise ValueError(
+      f"row {index} has {problem}, expected what encoder='{manifest.encoder}', feature_shape="
+      f'{manifest.feature_shape} say'
+    )
+  content = moments.tobytes()
+  if manifest.feature_shape:
+    shape = tuple(manifest.feature_shape)
+    content += _stored(row, index, 'feature', shape, manifest.dtype).tobytes()
+  label = int(row['label'])
+  if not 0 <= label < manifest.num_classes:
+    raise ValueError(f'row {index} has label {label}, expected 0 to {manifest.num_classes - 1}')
+  return content + np.array(label, LABEL).tobytes()
+
+
+def _stored(row, index, key, shape, dtype):
+  """Returns an array of a row in the type that is stored, checked."""
+  with np.errstate(over='ignore'):  # what does not fit becomes inf, and is refused below
+    array = np.asarray(row[key]).astype(DTYPES[dtype])
+  if array.shape != shape:
+    raise ValueError(f'row {index} has {key} {array.shape}, expected {shape}')
+  if not np.isfinite(array).all():
+    raise ValueError(
+      f'row {index} has {key} with numbers that {dtype} cannot hold; check it or use float32'
+    )
+  return array
 
 
 def _write_shard(file, records):

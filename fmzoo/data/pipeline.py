@@ -53,25 +53,32 @@ def batches(
   return iter(local.to_iter_dataset(options))
 
 
-def check_fit(source, *, latent_shape, num_classes, latent_scale):
-  """Compares what a source holds with what the config's section `data` says.
+def check_fit(source, *, latent_shape, num_classes, latent_scale, feature_shape=None):
+  """Compares what a source holds with what the config says.
 
   Args:
-    source: has the attributes `name` (for the message), `latent_shape`, `num_classes` and
-      `latent_scale`.
+    source: has the attributes `name` (for the message), `latent_shape`, `num_classes`,
+      `latent_scale` and `feature_shape`, () where it stores no features: that always fits, since
+      the device may compute them.
     latent_shape: (H, W, C).
     num_classes: labels are 0 .. num_classes - 1.
     latent_scale: factor from stored moments to latents.
+    feature_shape: (N, F), tokens of `model.patch` and `model.feature_dim`; None if the method
+      needs no features.
 
   Raises:
     ValueError: names the key, both values and what to set.
   """
   size = '(data.latent_size, data.latent_size, data.channels)'
-  for key, wanted, found in (
+  pairs = [
     (size, tuple(latent_shape), tuple(source.latent_shape)),
     ('data.num_classes', num_classes, source.num_classes),
     ('data.latent_scale', latent_scale, source.latent_scale),
-  ):
+  ]
+  if feature_shape is not None and source.feature_shape:
+    key = 'features (tokens of model.patch, model.feature_dim)'
+    pairs.append((key, tuple(feature_shape), tuple(source.feature_shape)))
+  for key, wanted, found in pairs:
     if wanted != found:
       raise ValueError(
         f'{key}={wanted} does not fit {source.name}, which has {found}; set it to that or choose'

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fmzoo.methods import base, bfm, flow
+from fmzoo.methods import base, bfm, bfm_sampler, flow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class Config:
   """Settings of BFM, stage 2."""
 
   path: str  # noising path: 'linear' or 'trig'
+  edges: tuple  # as in stage 1
   label_dropout: float  # probability that a row is trained with the null label
 
 
@@ -34,8 +35,8 @@ def approximate(config, net, params, rows):
   Returns:
     (f_hat [B, N, D] with gradient to params['frn'] only, target [B, N, D]).
   """
-  edges = jnp.asarray(bfm.segment_edges(net.segments))
-  segment = jnp.arange(rows.t.shape[0]) % net.segments
+  edges = jnp.asarray(bfm_sampler.segment_edges(net.segments, config.edges))
+  segment = bfm.segments_of(rows.first, rows.t.shape[0], net.segments)
   t_start, t_end = edges[segment], edges[segment + 1]
   frozen = jax.lax.stop_gradient({k: v for k, v in params.items() if k != 'frn'})
   times = jnp.concatenate([t_start, rows.t])
@@ -68,20 +69,18 @@ def make(config, net, latent_shape, num_classes):
     raise ValueError(
       "model.frn_depth=0 has nothing to train for method.name='bfm_frn'; use 1 or more"
     )
-  edges = bfm.segment_edges(net.segments)
+  edges = bfm_sampler.segment_edges(net.segments, config.edges)
 
   def loss(params, batch, rng, step):
     """Mean over rows, tokens and channels of (f_hat - target)^2, see `approximate`."""
-    del step
-    rows = bfm.draw_rows(config, edges, num_classes, batch, rng)
+    rows = bfm.draw_rows(config, edges, num_classes, batch, rng, step)
     f_hat, target = approximate(config, net, params, rows)
     error = flow.row_mean((f_hat - target) ** 2)
-    size = error.shape[0]
     spread = jnp.mean((target - jnp.mean(target, axis=(0, 1), keepdims=True)) ** 2)
     mean = jnp.mean(error)
     return mean, {
       'feature/unexplained': mean / spread,
-      **bfm.segment_means(bfm.pad_rows(error, net.segments), size, net.segments),
+      **bfm.segment_means(error, rows.first, net.segments),
     }
 
   def trainable(params):
@@ -91,6 +90,6 @@ def make(config, net, latent_shape, num_classes):
     return {name: all_leaves(tree, name == 'frn') for name, tree in params.items()}
 
   return base.Method(
-    net.init, loss, bfm.make_sampler(config, net, latent_shape, num_classes), trainable,
+    net.init, loss, bfm_sampler.make(config, net, latent_shape, num_classes), trainable,
     ('latent', 'label'), period=net.segments,
   )

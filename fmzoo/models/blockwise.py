@@ -31,6 +31,7 @@ class Config:
   feature_depth: int  # blocks of the feature network
   frn_depth: int  # blocks of the residual network; 0 is none (stage 1)
   lora_width: int  # width between the two layers of a low-rank modulation
+  rotary_theta: float  # base of the rotary frequencies; 10000 officially
   feature_dim: int  # F, feature width of the frozen encoder that the projector predicts
   projector_width: int  # hidden width of the projector; 2048 officially
   dtype: Any  # of the large matrix products: 'float32' or 'bfloat16'
@@ -41,22 +42,33 @@ class Config:
 
 
 class Blockwise(NamedTuple):
-  """The network as pure functions; c is the condition [B, D], f the feature tokens [B, N, D]."""
+  """The network as pure functions.
+
+  c [U, D] are conditions and f [R, N, D] feature tokens. `rows` [R] int32 tells which condition a
+  row has, so that rows that share one (the null half of a guided batch) share its layers, too; row
+  i then belongs to image i mod B. None is row i, image i, condition i.
+  """
 
   segments: int  # S
   init: Callable  # (rng) -> params, float32
-  condition: Callable  # (params, t [B], labels [B]) -> c
-  features: Callable  # (params, x [B, H, W, C], c) -> f
-  project: Callable  # (params, f) -> [B, N, F], what aligns with the frozen encoder
-  residual: Callable  # (params, x, c) -> [B, N, D], what the FRN adds to a segment's first f
-  velocity: Callable  # (params, x, c, f, segment []) -> like x; one block, by lax.switch
-  velocity_by_row: Callable  # (params, x, c, f) -> like x; row i by the block of segment i mod S
+  condition: Callable  # (params, t [U or 1], labels [U]) -> c
+  features: Callable  # (params, x [B, H, W, C], c, rows=None) -> f
+  project: Callable  # (params, f) -> [R, N, F], what aligns with the frozen encoder
+  residual: Callable  # (params, x, c, rows=None) -> [R, N, D], what the FRN adds to a segment's f
+  velocity: Callable  # (params, x, c, f, segment [], rows=None) -> [R, H, W, C], by lax.switch
+  velocity_by_row: Callable  # (params, x, c, f, first=0) -> like x; row i: segment first + i mod S
+
+
+def _spread(per_condition, rows):
+  """Hands conditions out to their rows: [U, W] -> [R, 1, W]."""
+  out = per_condition if rows is None else jnp.take(per_condition, rows, axis=0)
+  return out[:, None]
 
 
 class PairLinear(nn.Module):
   """A linear layer on the concatenation of a, the same for all tokens, and b: a W_a + b W_b + bias.
 
-  Args of the call: a [B, D], b [B, N, D]. Returns [B, N, width].
+  Args of the call: a [U, D], b [R, N, D], rows as in `Blockwise`. Returns [R, N, width].
   """
 
   width: int
@@ -64,16 +76,16 @@ class PairLinear(nn.Module):
   kernel_init: Callable = layers.xavier
 
   @nn.compact
-  def __call__(self, a, b):
+  def __call__(self, a, b, rows=None):
     split = a.shape[-1]
     kernel = self.param(
       'kernel', self.kernel_init, (split + b.shape[-1], self.width), jnp.float32
     )
     bias = self.param('bias', layers.zeros, (self.width,), jnp.float32)
     a, b, kernel, bias = (array.astype(self.dtype) for array in (a, b, kernel, bias))
-    per_sample = a @ kernel[:split] + bias[None]
+    per_condition = a @ kernel[:split] + bias[None]
     per_token = b.reshape(-1, b.shape[-1]) @ kernel[split:]
-    return per_sample[:, None] + per_token.reshape(*b.shape[:-1], self.width)
+    return _spread(per_condition, rows) + per_token.reshape(*b.shape[:-1], self.width)
 
 
 def _core(config):
@@ -89,10 +101,10 @@ class FeatureBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, shared, rotary):
+  def __call__(self, x, active, shared, rows, rotary):
     low = layers.dense(self.config.lora_width, name='down')(active)
     own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
-    return _core(self.config)(x, (own + shared)[:, None], rotary), None
+    return _core(self.config)(x, _spread(own + shared, rows), rotary), None
 
 
 class VelocityBlock(nn.Module):
@@ -101,8 +113,8 @@ class VelocityBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, active_feature, shared, rotary):
-    low = PairLinear(self.config.lora_width, name='down')(active, active_feature)
+  def __call__(self, x, active, active_feature, shared, rows, rotary):
+    low = PairLinear(self.config.lora_width, name='down')(active, active_feature, rows)
     own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
     return _core(self.config)(x, own + shared, rotary), None
 
@@ -113,9 +125,9 @@ class ResidualBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, rotary):
+  def __call__(self, x, active, rows, rotary):
     modulation = layers.dense(6 * self.config.width, name='modulation')(active)
-    return _core(self.config)(x, modulation[:, None], rotary), None
+    return _core(self.config)(x, _spread(modulation, rows), rotary), None
 
 
 class Stack(nn.Module):
@@ -147,10 +159,10 @@ class Final(nn.Module):
   channels: int
 
   @nn.compact
-  def __call__(self, x, active, active_feature):
+  def __call__(self, x, active, active_feature, rows=None):
     config = self.config
     modulation = PairLinear(2 * config.width, kernel_init=layers.zeros, name='modulation')
-    shift, scale = jnp.split(modulation(active, active_feature), 2, axis=-1)
+    shift, scale = jnp.split(modulation(active, active_feature, rows), 2, axis=-1)
     linear = layers.dense(
       config.patch**2 * self.channels, config.dtype, kernel_init=layers.zeros, name='linear'
     )
@@ -213,13 +225,13 @@ def _init(parts, config, latent_shape, rotary, rng):
     'labels': (jnp.zeros(1, jnp.int32),),
     'feature_patches': (patches,),
     'feature_shared': (c,),
-    'feature_blocks': (f, c, shared, rotary),
+    'feature_blocks': (f, c, shared, None, rotary),
     'projector': (f,),
     'velocity_patches': (patches,),
     'velocity_shared': (c, f),
-    'segments': (f, c, f, shared[:, None], rotary),
+    'segments': (f, c, f, shared[:, None], None, rotary),
     'final': (f, c, f),
-    'frn': (f, c, rotary),
+    'frn': (f, c, None, rotary),
   }
   keys = dict(zip(inputs, jax.random.split(rng, len(inputs))))
   if not config.frn_depth:
@@ -249,61 +261,63 @@ def make(config, latent_shape, num_classes):
   """
   _check(config, latent_shape)
   height, width, channels = latent_shape
-  rotary = layers.rotary_table(height // config.patch, config.width // config.heads)
+  rotary = layers.rotary_table(
+    height // config.patch, config.width // config.heads, config.rotary_theta
+  )
   parts = _parts(config, channels, num_classes)
 
   def run(name, params, *args):
     with jax.default_matmul_precision(config.precision):
       return getattr(parts, name).apply({'params': params[name]}, *args)
 
-  def embed(name, params, x):
+  def embed(name, params, x, rows):
+    """Tokens [R, N, D] of images; guidance halves share the product."""
     shapes.expect_shape('x', x, None, *latent_shape)
-    return run(name, params, layers.patchify(x, config.patch)).astype(jnp.float32)
+    tokens = run(name, params, layers.patchify(x, config.patch)).astype(jnp.float32)
+    return tokens if rows is None else jnp.tile(tokens, (rows.shape[0] // x.shape[0], 1, 1))
 
   def condition(params, t, labels):
     return run('time', params, t) + run('labels', params, labels)
 
-  def features(params, x, c):
+  def features(params, x, c, rows=None):
     active = nn.silu(c)
     shared = run('feature_shared', params, active).astype(jnp.float32)
-    return run(
-      'feature_blocks', params, embed('feature_patches', params, x), active, shared, rotary
-    )
+    tokens = embed('feature_patches', params, x, rows)
+    return run('feature_blocks', params, tokens, active, shared, rows, rotary)
 
   def project(params, f):
     return run('projector', params, f).astype(jnp.float32)
 
-  def residual(params, x, c):
-    return run('frn', params, embed('feature_patches', params, x), nn.silu(c), rotary)
+  def residual(params, x, c, rows=None):
+    return run('frn', params, embed('feature_patches', params, x, rows), nn.silu(c), rows, rotary)
 
-  def velocity_with(stack, params, x, c, f):
+  def velocity_with(stack, params, x, c, f, rows=None):
     """The velocity network around `stack`: (tokens, SiLU c, SiLU f, shared) -> tokens."""
-    tokens = embed('velocity_patches', params, x)
+    tokens = embed('velocity_patches', params, x, rows)
     active, active_feature = nn.silu(c), nn.silu(f)
-    shared = run('velocity_shared', params, active, active_feature).astype(jnp.float32)
+    shared = run('velocity_shared', params, active, active_feature, rows).astype(jnp.float32)
     tokens = stack(tokens, active, active_feature, shared)
-    out = run('final', params, tokens, active, active_feature)
+    out = run('final', params, tokens, active, active_feature, rows)
     return layers.unpatchify(out, config.patch, height, width)
 
-  def velocity(params, x, c, f, segment):
+  def velocity(params, x, c, f, segment, rows=None):
     def block(index):
       own = {'segments': jax.tree.map(lambda leaf: leaf[index], params['segments'])}
-      return lambda *args: run('segments', own, *args, rotary)
+      return lambda *args: run('segments', own, *args, rows, rotary)
 
     blocks = [block(index) for index in range(config.segments)]
     return velocity_with(
-      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f
+      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f, rows
     )
 
-  def velocity_by_row(params, x, c, f):
-    def group(rows):  # [B, ...] -> [S, B / S, ...]; rows stay on their device
-      return jnp.swapaxes(rows.reshape(-1, config.segments, *rows.shape[1:]), 0, 1)
+  def velocity_by_row(params, x, c, f, first=0):
+    def block(own, *args):
+      return run('segments', {'segments': own}, *args, None, rotary)
 
     def stack(*args):
-      out = jax.vmap(lambda own, *args: run('segments', {'segments': own}, *args, rotary))(
-        params['segments'], *(group(rows) for rows in args)
-      )
-      return jnp.swapaxes(out, 0, 1).reshape(args[0].shape)
+      groups = (_group(array, first, config.segments) for array in args)
+      out = jax.vmap(block)(params['segments'], *groups)
+      return _ungroup(out, first, x.shape[0])
 
     return velocity_with(stack, params, x, c, f)
 
@@ -311,6 +325,27 @@ def make(config, latent_shape, num_classes):
     config.segments, lambda rng: _init(parts, config, latent_shape, rotary, rng),
     condition, features, project, residual, velocity, velocity_by_row,
   )
+
+
+def _group(rows, first, segments):
+  """Sorts rows by segment: [B, ...] -> [S, G, ...]; row i goes to group first + i mod S.
+
+  Where whole groups do not come out, row 0 fills the gaps. Rows stay on their device.
+  """
+  slots = -(-rows.shape[0] // segments)
+  if not (isinstance(first, int) and first == 0):
+    slots = -(-(rows.shape[0] + segments - 1) // segments)
+  size = slots * segments
+  if size != rows.shape[0]:
+    gaps = jnp.broadcast_to(rows[:1], (size, *rows.shape[1:]))
+    rows = jax.lax.dynamic_update_slice_in_dim(gaps, rows, first, axis=0)
+  return jnp.swapaxes(rows.reshape(slots, segments, *rows.shape[1:]), 0, 1)
+
+
+def _ungroup(groups, first, size):
+  """Inverts `_group`: [S, G, ...] -> [B, ...]."""
+  rows = jnp.swapaxes(groups, 0, 1).reshape(-1, *groups.shape[2:])
+  return jax.lax.dynamic_slice_in_dim(rows, first, size) if len(rows) != size else rows
 
 
 def _check(config, latent_shape):

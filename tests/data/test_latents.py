@@ -1,7 +1,9 @@
 """Latents survive the round trip, and a folder that is not what it says is refused in one line."""
 
 import json
+import pathlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -10,14 +12,23 @@ from fmzoo.data import latents, pipeline
 
 SHAPE = (4, 4, 2)
 COUNT = 10
+ENCODER = {'encoder': 'toy-encoder', 'feature_shape': (3, 6)}
 
 
 def some_rows(count=COUNT, seed=0):
   rng = np.random.default_rng(seed)
-  return [
-    {'moments': rng.standard_normal((4, 4, 4)).astype(np.float16), 'label': i % 5}
-    for i in range(count)
-  ]
+  rows = []
+  for i in range(count):
+    moments = rng.standard_normal((4, 4, 4)).astype(np.float16)
+    moments[..., 2:] = abs(moments[..., 2:])
+    rows.append({'moments': moments, 'label': i % 5})
+  return rows
+
+
+def with_features(rows, dtype=np.float16, seed=1):
+  """Adds features to rows."""
+  rng = np.random.default_rng(seed)
+  return [row | {'feature': rng.standard_normal((3, 6)).astype(dtype)} for row in rows]
 
 
 def write(path, rows=None, **changes):
@@ -63,9 +74,43 @@ def test_float32_moments_keep_every_digit(tmp_path):
   )
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'float32'])
+def test_features_come_back_bit_for_bit(tmp_path, dtype):
+  rows = with_features(some_rows(), dtype)
+  manifest = write(tmp_path, rows, dtype=dtype, **ENCODER)
+  assert (manifest.encoder, manifest.feature_shape) == ('toy-encoder', [3, 6])
+  source = latents.LatentSource(tmp_path)
+  assert (source.encoder, source.feature_shape) == ('toy-encoder', (3, 6))
+  for want, have in zip(rows, source, strict=True):
+    assert sorted(have) == ['feature', 'label', 'moments']
+    assert have['feature'].dtype == dtype
+    assert have['feature'].tobytes() == want['feature'].tobytes()
+    np.testing.assert_array_equal(have['moments'], want['moments'])
+    assert have['label'] == want['label']
+
+
+def test_features_may_be_left_out_of_the_rows(tmp_path):
+  rows = with_features(some_rows())
+  write(tmp_path, rows, **ENCODER)
+  source = latents.LatentSource(tmp_path, with_feature=False)
+  assert (source.encoder, source.feature_shape) == ('', ())
+  assert source.manifest.encoder == 'toy-encoder'
+  for want, have in zip(rows, source, strict=True):
+    assert sorted(have) == ['label', 'moments'] and have['label'] == want['label']
+    np.testing.assert_array_equal(have['moments'], want['moments'])
+
+
+@pytest.mark.parametrize('with_feature', [True, False])
+def test_latents_without_features_have_none(folder, with_feature):
+  source = latents.LatentSource(folder, with_feature=with_feature)
+  assert (source.encoder, source.feature_shape) == ('', ())
+  assert sorted(source[0]) == ['label', 'moments']
+
+
 def test_manifest_says_what_the_folder_holds(folder):
   manifest = json.loads((folder / 'manifest.json').read_text())
-  assert manifest['version'] == 1 and manifest['count'] == COUNT
+  assert manifest['version'] == 2 and manifest['count'] == COUNT
+  assert manifest['encoder'] == '' and manifest['feature_shape'] == []
   assert manifest['latent_shape'] == [4, 4, 2] and manifest['layout'] == 'HWC'
   assert manifest['dtype'] == 'float16' and manifest['num_classes'] == 5
   assert (manifest['vae'], manifest['vae_hash']) == ('toy-vae', 'abc')
@@ -94,6 +139,19 @@ def test_records_are_raw_moments_and_a_label(folder):
   assert int.from_bytes(record[-4:], 'little') == want['label']
 
 
+def test_features_stand_between_moments_and_label(tmp_path):
+  """As above, and the files can be found again."""
+  from array_record.python import array_record_module
+
+  rows = with_features(some_rows())
+  write(tmp_path, rows, **ENCODER)
+  file = tmp_path / 'latents-00001-of-00003.array_record'
+  record = array_record_module.ArrayRecordReader(str(file)).read([1])[0]
+  label = np.array(rows[5]['label'], '<i4')
+  assert record == rows[5]['moments'].tobytes() + rows[5]['feature'].tobytes() + label.tobytes()
+  latents.verify(tmp_path)
+
+
 def test_source_fits_its_own_shape_and_no_other(folder):
   source = latents.LatentSource(folder)
   fitting = {'latent_shape': SHAPE, 'num_classes': 5, 'latent_scale': 0.18215}
@@ -105,6 +163,16 @@ def test_source_fits_its_own_shape_and_no_other(folder):
     found = fitting[key]
     for word in ('data.', str(wanted), str(found), f'data.path={folder}'):
       assert word in str(error.value)
+
+
+def test_stored_features_fit_their_own_shape_and_no_other(tmp_path):
+  write(tmp_path, with_features(some_rows()), **ENCODER)
+  source = latents.LatentSource(tmp_path)
+  fitting = {'latent_shape': SHAPE, 'num_classes': 5, 'latent_scale': 0.18215}
+  pipeline.check_fit(source, **fitting)
+  pipeline.check_fit(source, **fitting, feature_shape=(3, 6))
+  with pytest.raises(ValueError, match=r'model.patch.*\(4, 6\).*data.path=.*\(3, 6\)'):
+    pipeline.check_fit(source, **fitting, feature_shape=(4, 6))
 
 
 def test_latents_go_through_the_pipeline_in_threads(folder):
@@ -147,6 +215,7 @@ def refused(path):
 def test_a_missing_folder_says_how_to_get_one(tmp_path):
   line = refused(tmp_path / 'none')
   assert 'is not a folder' in line and 'write_latents' in line and 'manifest.json' in line
+  assert "section 'Data' of README.md" in line
 
 
 def test_a_missing_manifest_says_how_to_get_one(tmp_path):
@@ -187,10 +256,14 @@ def test_a_shard_with_other_rows_is_named(folder):
 
 @pytest.mark.parametrize('changes,word', [
   ({'count': 11}, 'count 11'),
-  ({'version': 2}, 'version 2'),
+  ({'version': 3}, 'version 3'),
   ({'layout': 'CHW'}, 'CHW'),
   ({'dtype': 'bfloat16'}, 'bfloat16'),
   ({'latent_shape': [32, 4]}, r'\[32, 4\]'),
+  ({'encoder': 'toy-encoder'}, "encoder='toy-encoder'"),
+  ({'feature_shape': [3, 6]}, r"encoder='', feature_shape=\[3, 6\]"),
+  ({'encoder': 'toy-encoder', 'feature_shape': [18]}, r'\[18\], expected \[N, F\]'),
+  ({'encoder': 'toy-encoder', 'feature_shape': 18}, 'int'),
   ({'surprise': 1}, 'surprise'),
   ({'shards': [{}]}, 'count'),
   ({'shards': 3}, 'int'),
@@ -200,6 +273,14 @@ def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
   with pytest.raises(ValueError, match=word):
     latents.LatentSource(folder)
   refused(folder)
+
+
+def test_the_manifest_before_features_is_refused(folder):
+  file = folder / 'manifest.json'
+  values = json.loads(file.read_text()) | {'version': 1}
+  del values['encoder'], values['feature_shape']
+  file.write_text(json.dumps(values))
+  assert 'version 1, this fmzoo reads version 2; write the latents again' in refused(folder)
 
 
 @pytest.mark.parametrize('text', ['', '{"version": ', '[]', '{}', '{"version": 1}'])
@@ -212,6 +293,20 @@ def test_records_of_another_length_are_refused(folder):
   edit(folder, latent_shape=[4, 4, 4])
   with pytest.raises(ValueError, match=r'row 2 has 132 bytes.*\(4, 4, 8\)'):
     latents.LatentSource(folder)[2]
+
+
+def test_records_without_the_features_of_the_manifest_are_refused(folder):
+  edit(folder, encoder='toy-encoder', feature_shape=[3, 6])
+  for with_feature in (True, False):
+    with pytest.raises(ValueError, match=r'row 2 has 132 bytes.*features \(3, 6\)'):
+      latents.LatentSource(folder, with_feature=with_feature)[2]
+
+
+def test_records_with_features_the_manifest_does_not_know_are_refused(tmp_path):
+  write(tmp_path, with_features(some_rows()), **ENCODER)
+  edit(tmp_path, encoder='', feature_shape=[])
+  with pytest.raises(ValueError, match=r'row 2 has 168 bytes.*\(4, 4, 4\) float16 and a label'):
+    latents.LatentSource(tmp_path)[2]
 
 
 def test_flipped_bytes_are_found_by_verify_and_by_reading(folder):
@@ -240,6 +335,9 @@ def test_latents_are_never_written_over(folder):
   ({'moments': np.zeros((4, 4, 4)), 'label': 5}, 'row 6 has label 5.*0 to 4'),
   ({'moments': np.full((4, 4, 4), 1e6), 'label': 0}, 'row 6 .*float16.*float32'),
   ({'moments': np.full((4, 4, 4), np.nan), 'label': 0}, 'row 6'),
+  ({'moments': np.full((4, 4, 4), -9.5), 'label': 0}, 'row 6 .*deviation of -9.5.*log-variance'),
+  ({'moments': np.zeros((4, 4, 4)), 'label': 0, 'feature': np.zeros((3, 6))},
+   "row 6 has a feature, expected .*encoder=''"),
 ])
 def test_a_bad_row_leaves_nothing_behind(tmp_path, row, words):
   rows = some_rows()
@@ -247,6 +345,26 @@ def test_a_bad_row_leaves_nothing_behind(tmp_path, row, words):
   with pytest.raises(ValueError, match=words):
     write(tmp_path, rows)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('feature,words', [
+  ({'feature': np.zeros((6, 3))}, r'row 6 has feature \(6, 3\), expected \(3, 6\)'),
+  ({'feature': np.full((3, 6), np.inf)}, 'row 6 has feature .*float16'),
+  ({'feature': np.full((3, 6), 7e4)}, 'row 6 has feature .*float16.*float32'),
+  ({}, "row 6 has no feature, expected .*encoder='toy-encoder'"),
+])
+def test_a_bad_feature_leaves_nothing_behind(tmp_path, feature, words):
+  rows = with_features(some_rows())
+  rows[6] = some_rows()[6] | feature
+  with pytest.raises(ValueError, match=words):
+    write(tmp_path, rows, **ENCODER)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_means_may_be_negative_and_deviations_zero(tmp_path):
+  moments = np.concatenate([np.full((4, 4, 2), -3.0), np.zeros((4, 4, 2))], axis=-1)
+  write(tmp_path, [{'moments': moments, 'label': 0}])
+  np.testing.assert_array_equal(latents.LatentSource(tmp_path)[0]['moments'], moments)
 
 
 def test_a_writer_that_was_stopped_can_start_again(tmp_path):
@@ -264,7 +382,25 @@ def test_a_writer_that_was_stopped_can_start_again(tmp_path):
 @pytest.mark.parametrize('arguments,words', [
   ({'rows': []}, 'no rows'),
   ({'dtype': 'float64'}, 'float64.*float16 or float32'),
+  ({'encoder': 'toy-encoder'}, "encoder='toy-encoder'.*both or neither"),
+  ({'feature_shape': (3, 6)}, r"encoder='', feature_shape=\[3, 6\].*both or neither"),
+  (ENCODER | {'feature_shape': (3, 6, 1)}, r'\[3, 6, 1\], expected \[N, F\]'),
 ])
 def test_nothing_to_write_is_refused(tmp_path, arguments, words):
   with pytest.raises(ValueError, match=words):
     write(tmp_path, **arguments)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_writes_latents_that_can_be_read(tmp_path, monkeypatch):
+  readme = pathlib.Path(__file__).parents[2] / 'README.md'
+  scripts = re.findall(r"python - <<'END'\n(.*?)END\n", readme.read_text(), re.DOTALL)
+  script, = [script for script in scripts if 'write_latents' in script]
+  monkeypatch.chdir(tmp_path)
+  exec(script, {})
+  source = latents.LatentSource('data/latents')
+  pipeline.check_fit(
+    source, latent_shape=(32, 32, 4), num_classes=1000, latent_scale=0.18215,
+    feature_shape=(256, 768),
+  )
+  assert len(source) == 8 and source[7]['feature'].shape == (256, 768)

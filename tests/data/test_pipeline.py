@@ -13,6 +13,7 @@ class Rows:
   """Row i is {'latent': [2, 2, 1] full of i, 'label': i}; remembers what was read."""
 
   name, latent_shape, num_classes, latent_scale = 'the toy rows', (2, 2, 1), 10, 1.0
+  feature_shape = ()
 
   def __init__(self, count):
     self.count, self.read = count, []
@@ -136,8 +137,31 @@ def test_bad_arguments_are_refused(changes, words):
     pipeline.batches(arguments.pop('source'), **arguments)
 
 
-def test_a_fitting_recipe_passes():
-  pipeline.check_fit(Rows(1), latent_shape=(2, 2, 1), num_classes=10, latent_scale=1.0)
+class FeatureRows(Rows):
+  """Rows of a source that stores features, too."""
+
+  feature_shape = (4, 8)
+
+
+FITTING = {'latent_shape': (2, 2, 1), 'num_classes': 10, 'latent_scale': 1.0}
+
+
+@pytest.mark.parametrize('source,feature_shape', [
+  (Rows, None), (FeatureRows, None), (FeatureRows, (4, 8)),
+  (Rows, (4, 8)),  # the device may compute them
+])
+def test_a_fitting_recipe_passes(source, feature_shape):
+  pipeline.check_fit(source(1), **FITTING, feature_shape=feature_shape)
+
+
+@pytest.mark.parametrize('feature_shape', [(16, 8), (4, 768)])
+def test_a_recipe_for_other_features_is_refused(feature_shape):
+  with pytest.raises(ValueError) as error:
+    pipeline.check_fit(FeatureRows(1), **FITTING, feature_shape=feature_shape)
+  line = str(error.value)
+  assert '\n' not in line
+  for word in ('model.patch', 'model.feature_dim', str(feature_shape), 'toy rows', '(4, 8)'):
+    assert word in line
 
 
 @pytest.mark.parametrize('changes,words', [
@@ -146,6 +170,5 @@ def test_a_fitting_recipe_passes():
   ({'latent_scale': 0.18215}, 'data.latent_scale=0.18215.*1.0'),
 ])
 def test_a_recipe_for_other_data_is_refused(changes, words):
-  arguments = {'latent_shape': (2, 2, 1), 'num_classes': 10, 'latent_scale': 1.0} | changes
   with pytest.raises(ValueError, match=words):
-    pipeline.check_fit(Rows(1), **arguments)
+    pipeline.check_fit(Rows(1), **FITTING | changes)

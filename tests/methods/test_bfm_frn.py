@@ -6,23 +6,19 @@ import numpy as np
 import pytest
 
 from fmzoo import cost
-from fmzoo.methods import bfm, bfm_frn, flow
-from fmzoo.models import blockwise
+from fmzoo.methods import bfm, bfm_frn, bfm_sampler, flow
 from tests import tiny
 
-CONFIG = bfm_frn.Config(path='linear', label_dropout=0.1)
+CONFIG = bfm_frn.Config(path='linear', edges=(), label_dropout=0.1)
 SHAPE, CLASSES, SEGMENTS = (8, 8, 1), 10, 3
+EDGES = bfm_sampler.segment_edges(SEGMENTS)
 
 
 @pytest.fixture(scope='module')
 def net():
   """The tiny network of the recipe with noise on every parameter: (network, params)."""
-  config = tiny.config('bfm_frn')
-  made = blockwise.make(
-    blockwise.Config(**{k: v for k, v in config.model.items() if k != 'name'}), SHAPE, CLASSES
-  )
-  parts = {name: jax.jit(part) for name, part in made._asdict().items() if callable(part)}
-  return made._replace(**parts), tiny.warm(jax.jit(made.init)(jax.random.key(0)))
+  made = tiny.blockwise_net()
+  return made, tiny.warm(made.init(jax.random.key(0)))
 
 
 def keys_of(size, seed=0):
@@ -50,12 +46,11 @@ def feature_error(made, params, x, noise, label, t, edges):
 
 def errors_of_rows(made, params, rows):
   """Returns (errors [B], targets [B, N, D]), one row at a time; row i is of segment i mod S."""
-  edges = bfm.segment_edges(SEGMENTS)
   found = []
   for i, t in enumerate(rows.t):
     segment, row = i % SEGMENTS, slice(i, i + 1)
     found.append(feature_error(
-      made, params, rows.x[row], rows.noise[row], rows.labels[row], t, edges[segment : segment + 2]
+      made, params, rows.x[row], rows.noise[row], rows.labels[row], t, EDGES[segment : segment + 2]
     ))
   errors, targets = zip(*found)
   return np.array(errors), np.concatenate(targets)
@@ -68,7 +63,7 @@ def test_loss_is_the_mean_of_its_rows(net, size):
   method = bfm_frn.make(CONFIG, made, SHAPE, CLASSES)
   batch, keys = stage_two_batch(size), keys_of(size)
   loss, metrics = jax.jit(method.loss)(params, batch, keys, 0)
-  rows = bfm.draw_rows(CONFIG, bfm.segment_edges(SEGMENTS), CLASSES, batch, keys)
+  rows = bfm.draw_rows(CONFIG, EDGES, CLASSES, batch, keys, 0)
   errors, target = errors_of_rows(made, params, rows)
   np.testing.assert_allclose(loss, errors.mean(), rtol=2e-5)
   spread = ((target - target.mean(axis=(0, 1), keepdims=True)) ** 2).mean()
@@ -84,7 +79,7 @@ def test_dropped_labels_are_dropped_in_every_pass(net):
   batch, keys = stage_two_batch(6), keys_of(6)
 
   def loss(rate, labels):
-    config = bfm_frn.Config(path='linear', label_dropout=rate)
+    config = bfm_frn.Config(path='linear', edges=(), label_dropout=rate)
     method = bfm_frn.make(config, made, SHAPE, CLASSES)
     return float(method.loss(params, {**batch, 'label': labels}, keys, 0)[0])
 
@@ -120,10 +115,9 @@ def test_what_stage_two_asks_for(net):
 
 def euler_with_cache(made, params, x, labels, *, num_steps, guidance, interval):
   """The FRN sampler by its definition: a Python loop, a cache of features for either label."""
-  edges = bfm.segment_edges(SEGMENTS)
   halves = (labels, jnp.full_like(labels, CLASSES))
   for segment in range(SEGMENTS):
-    times = np.linspace(edges[segment], edges[segment + 1], num_steps + 1, dtype=np.float32)
+    times = np.linspace(EDGES[segment], EDGES[segment + 1], num_steps + 1, dtype=np.float32)
     for step, t in enumerate(times[:-1]):
       conditions = [made.condition(params, jnp.full(half.shape, t), half) for half in halves]
       if step == 0:
@@ -147,12 +141,42 @@ def test_guidance_may_begin_and_end_inside_a_segment(net, interval):
   made, params = net
   labels = jnp.arange(2, dtype=jnp.int32)
   x = jax.random.normal(jax.random.key(3), (2, *SHAPE))
-  plan = bfm.plan_steps(bfm.segment_edges(SEGMENTS), 3, 4.0, interval, 'ode_frn', 'corrected')
-  out = jax.jit(lambda x: bfm.integrate(
-    CONFIG, made, params, plan, x, labels, CLASSES,
-    guidance=4.0, sampler='ode_frn', noise_at=None,
+  steps = bfm_sampler.plan_steps(
+    EDGES, (3, 3, 3), guidance=4.0, guidance_interval=interval, sampler='ode_frn',
+    sde_end='corrected',
+  )
+  calls = bfm_sampler.make_calls(made, params, labels, CLASSES, guidance=4.0, guided=steps.guided)
+  out = jax.jit(lambda x: bfm_sampler.integrate(
+    'linear', calls, EDGES, steps, x, sampler='ode_frn', noise_at=None
   ))(x)
   expected = euler_with_cache(
     made, params, x, labels, num_steps=3, guidance=4.0, interval=interval
   )
   np.testing.assert_allclose(out, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+
+
+def test_frn_at_the_segment_start_is_exact(net):
+  """kappa = 0: the approximation is the feature itself, and half-way it is not."""
+  made, params = net
+  given = bfm.draw_rows(CONFIG, EDGES, CLASSES, stage_two_batch(6), keys_of(6), 0)
+  given = given._replace(t=np.resize(EDGES[:3], 6))
+  f_hat, target = bfm_frn.approximate(CONFIG, made, params, given)
+  np.testing.assert_allclose(f_hat, target, rtol=0, atol=1e-5)
+  f_hat, target = bfm_frn.approximate(CONFIG, made, params, given._replace(t=given.t - 0.1))
+  assert np.abs(f_hat - target).max() > 1e-2
+
+
+def test_stage_two_trains_the_residual_network_alone(net):
+  made, params = net
+  method = bfm_frn.make(CONFIG, made, (8, 8, 1), 10)
+  mask = method.trainable(params)
+  assert all(all(jax.tree.leaves(mask[k])) == (k == 'frn') for k in params)
+  keys = jax.random.split(jax.random.key(0), 6)
+  grads = jax.grad(lambda p: method.loss(p, tiny.batch(6), keys, 0)[0])(params)
+  for name, tree in grads.items():
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(tree)) == (name == 'frn'), name
+
+
+def test_stage_two_without_a_residual_network_is_refused():
+  with pytest.raises(ValueError, match='frn_depth'):
+    tiny.recipe('bfm_frn', model__frn_depth=0, sample__sampler='ode')

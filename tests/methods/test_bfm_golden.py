@@ -1,4 +1,9 @@
-"""BFM against numbers recorded from the official code (tests/golden/bfm/README.md)."""
+"""BFM against numbers recorded from the official code (tests/golden/bfm/README.md).
+
+And against those of another configuration, written by the float64 reference (tests/bfm_reference).
+"""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmzoo.convert import bfm as convert
-from fmzoo.methods import bfm, bfm_frn, flow
+from fmzoo.methods import bfm, bfm_frn, bfm_sampler, flow
 from fmzoo.models import blockwise, layers
+from tests import bfm_golden_writer
 from tests import golden_files as files
 
 FORWARD, GRADIENT, SAMPLER = 1e-5, 3e-5, 5e-5  # limits of the README there
@@ -25,7 +31,7 @@ class Golden:
       patch=c['patch_size'], width=c['hidden_size'], heads=c['num_heads'],
       mlp_ratio=c['mlp_ratio'], segments=c['segments'], segment_depth=c['segment_depth'],
       feature_depth=c['feature_alignment_depth'], frn_depth=c['frn_depth'],
-      lora_width=c['adaln_lora_dim'], feature_dim=c['dim_projection'],
+      lora_width=c['adaln_lora_dim'], rotary_theta=c['rope_theta'], feature_dim=c['dim_projection'],
       projector_width=c['projector_hidden'], dtype='float32', precision='highest',
       attention='xla', remat=False, unroll=1,
     )
@@ -33,9 +39,9 @@ class Golden:
     net = blockwise.make(self.settings, shape, c['num_classes'])
     parts = {name: jax.jit(part) for name, part in net._asdict().items() if callable(part)}
     self.net = net._replace(**parts)  # eagerly every call would compile its scan anew
-    self.params = convert.from_official(
-      load_file(folder / 'weights.safetensors'), self.settings, c['in_channels']
-    )
+    self.edges = bfm_sampler.segment_edges(self.segments)
+    self.tensors = load_file(folder / 'weights.safetensors')
+    self.params = convert.from_official(self.tensors, self.settings, shape, c['num_classes'])
 
   def image(self, name):
     return files.channels_last(self.arrays[name])
@@ -53,6 +59,21 @@ class Golden:
     assert sorted(rows) == list(range(int(sum(sizes)))), 'the split is not the official one'
     return np.array(rows)
 
+  def check_derivatives(self, stage, loss):
+    """Compares recorded gradients, and slopes along recorded directions, with those of `loss`."""
+    a = self.arrays
+    grads = jax.jit(jax.grad(loss))(self.params)
+    official = self.official(grads)
+    whole, sloped = a.names(f'{stage}_grad/'), a.names(f'{stage}_slope/')
+    assert whole
+    for name in whole:
+      files.close(official[name.partition('/')[2]], a[name], GRADIENT, name)
+    for name in sloped:
+      key = name.partition('/')[2]
+      direction = a[f'{stage}_direction/{key}'].astype(np.float64)
+      files.close(np.vdot(official[key].astype(np.float64), direction), a[name], GRADIENT, name)
+    return grads
+
   def rows(self, prefix, with_feature=True):
     """Returns (Rows in our order, order)."""
     order = self.order(self.arrays[f'{prefix}_split_sizes'])
@@ -63,26 +84,35 @@ class Golden:
     ), order
 
 
-@pytest.fixture(scope='module')
-def golden(golden_root):
-  return Golden(golden_root / 'bfm')
+@pytest.fixture(scope='module', params=['recorded', 'written'])
+def golden(request, golden_root, tmp_path_factory):
+  """The folder of --golden-root, and one of the reference's."""
+  if request.param == 'recorded':
+    return Golden(golden_root / 'bfm')
+  folder = tmp_path_factory.mktemp('golden') / 'bfm'
+  bfm_golden_writer.write_folder(folder, bfm_golden_writer.SECOND_CONFIG, seed=0)
+  return Golden(folder)
 
 
 def stage1(golden, path='linear'):
   return bfm.Config(
-    path=path, alignment_weight=golden.config['proj_loss_weight'], label_dropout=0.0
+    path=path, edges=(), alignment_weight=golden.config['proj_loss_weight'], label_dropout=0.0
   )
 
 
 def forward(golden, x, t, labels):
   """Returns (velocity, projected features) of rows in our order, any number of them."""
-  size = len(t)
-  rows = (jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels))
-  x, t, labels = bfm.pad_rows(rows, golden.segments)
   c = golden.net.condition(golden.params, t, labels)
   f = golden.net.features(golden.params, x, c)
-  v = golden.net.velocity_by_row(golden.params, x, c, f)
-  return v[:size], golden.net.project(golden.params, f)[:size]
+  return golden.net.velocity_by_row(golden.params, x, c, f), golden.net.project(golden.params, f)
+
+
+def test_the_configuration_is_one_that_we_have(golden):
+  """What the official code can vary and we cannot."""
+  c = golden.config
+  assert c['adaln_type'] == 'lora' and c['null_label'] == c['num_classes']
+  assert c['q_norm'].lower() == c['k_norm'].lower() == 'rmsnorm'
+  assert (c['norm_eps'], c['time_freq_dim']) == (layers.NORM_EPS, layers.FREQUENCIES)
 
 
 def test_training_forward_and_losses(golden):
@@ -127,29 +157,24 @@ def test_batch_smaller_than_the_segments(golden):
 def test_training_gradients(golden):
   a = golden.arrays
   rows, _ = golden.rows('train')
-  grads = jax.jit(jax.grad(
-    lambda p: bfm.loss_of_rows(stage1(golden), golden.net, p, rows)[0]
-  ))(golden.params)
+  grads = golden.check_derivatives(
+    'train', lambda p: bfm.loss_of_rows(stage1(golden), golden.net, p, rows)[0]
+  )
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads['frn']))
-  norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
-  files.close(norm, a['train_grad_global_norm'], GRADIENT, 'global norm')
-  official = golden.official(grads)
-  named = a.names('train_grad/')
-  assert named
-  for name in named:
-    files.close(official[name.removeprefix('train_grad/')], a[name], GRADIENT, name)
+  if 'train_grad_global_norm' in a:
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    files.close(norm, a['train_grad_global_norm'], GRADIENT, 'global norm')
 
 
 def test_frn_stage(golden):
   a = golden.arrays
   rows, order = golden.rows('ft', with_feature=False)
-  config = bfm_frn.Config(path='linear', label_dropout=0.0)
-  edges = bfm.segment_edges(golden.segments)
+  config = bfm_frn.Config(path='linear', edges=(), label_dropout=0.0)
   segment = np.arange(len(order)) % golden.segments
   x_t = flow.interpolate('linear', rows.x, rows.noise, rows.t)
-  t_start = edges[segment]
+  t_start = golden.edges[segment]
   x_start = flow.interpolate('linear', rows.x, rows.noise, t_start)
-  kappa = (t_start - rows.t) / (t_start - edges[segment + 1])
+  kappa = (t_start - rows.t) / (t_start - golden.edges[segment + 1])
   approx, target = bfm_frn.approximate(config, golden.net, golden.params, rows)
   for name, value in (
     ('ft_x_t', files.channels_first(x_t)), ('ft_t_start', t_start),
@@ -162,11 +187,8 @@ def test_frn_stage(golden):
     approx, target = bfm_frn.approximate(config, golden.net, params, rows)
     return jnp.mean(flow.row_mean((approx - target) ** 2))
 
-  value, grads = jax.jit(jax.value_and_grad(loss))(golden.params)
-  files.close(value, a['ft_loss'], FORWARD, 'loss')
-  official = golden.official(grads)
-  for name in a.names('ft_grad/'):
-    files.close(official[name.removeprefix('ft_grad/')], a[name], GRADIENT, name)
+  files.close(jax.jit(loss)(golden.params), a['ft_loss'], FORWARD, 'loss')
+  golden.check_derivatives('ft', loss)
 
 
 def test_sampling_forward(golden):
@@ -174,7 +196,7 @@ def test_sampling_forward(golden):
   x, y, cached = golden.image('samp_x'), golden.labels('samp_y'), a['samp_cached_feature']
   for s in range(golden.segments):
     t = a['samp_t'][s]
-    assert (bfm.segment_of(t, bfm.segment_edges(golden.segments)) == s).all()
+    assert (bfm_sampler.segment_of(t, golden.edges) == s).all()
     c = net.condition(p, t, y)
     f = net.features(p, x, c)
     files.close(f, a[f'samp_feature_seg{s}'], FORWARD, 'feature')
@@ -188,147 +210,189 @@ def test_sampling_forward(golden):
 
 
 def sampler_case(golden, name):
-  """Returns the sampler's options that a recorded name stands for."""
+  """Returns (path, options) that a recorded name stands for, such as sde_fixed_cfg4."""
   frn, sde = name.startswith('frn_'), name.startswith('sde_')
-  interval = 'interval' in name
-  key = 'frn_interval' if frn else 'interval'
-  return {
+  scale = re.search(r'cfg([0-9.]+)', name)
+  interval = golden.config['frn_interval' if frn else 'interval']
+  return 'trig' if 'cosine' in name else 'linear', {
     'sampler': 'ode_frn' if frn else 'sde' if sde else 'ode',
-    'guidance': 1.0 if 'cfg1' in name else 4.0,
-    'guidance_interval': tuple(golden.config[key]) if interval else (0.0, 1.0),
+    'guidance': float(scale[1]) if scale else 4.0,
+    'guidance_interval': tuple(interval) if 'interval' in name else (0.0, 1.0),
     'sde_end': 'corrected' if 'fixed' in name or not sde else 'official',
-    'path': 'trig' if 'cosine' in name else 'linear',
   }
 
 
-def test_samplers_and_their_calls(golden):
-  """Whole runs, and time, segment and guidance of every network call."""
-  a = golden.arrays
-  names = [n for n in a.names() if n.split('_')[0] in ('ode', 'frn', 'sde') and 'calls' not in n]
-  assert {'ode_cfg4', 'frn_cfg4', 'sde_cfg1', 'sde_fixed_cfg1'} <= set(names)
-  x, labels = golden.image('smp_latents'), golden.labels('smp_y')
+def sampler_names(golden):
+  names = golden.arrays.names()
+  return [n for n in names if n.split('_')[0] in ('ode', 'frn', 'sde') and 'calls' not in n]
+
+
+def plan(golden, options):
+  return bfm_sampler.plan_steps(
+    golden.edges, (golden.config['smp_steps'],) * golden.segments, **options
+  )
+
+
+def test_samplers(golden):
+  a, labels = golden.arrays, golden.labels('smp_y')
   noises = jnp.asarray(files.channels_last(a['smp_sde_noise']), jnp.float32)
-  edges = bfm.segment_edges(golden.segments)
+  names = sampler_names(golden)
+  assert {'ode_cfg4', 'frn_cfg4', 'sde_cfg1', 'sde_fixed_cfg1'} <= set(names)
   for name in names:
-    case = sampler_case(golden, name)
-    plan = bfm.plan_steps(
-      edges, golden.config['smp_steps'], case['guidance'], case['guidance_interval'],
-      case['sampler'], case['sde_end'],
-    )
-    out = jax.jit(lambda x, plan=plan, case=case: bfm.integrate(
-      stage1(golden, case['path']), golden.net, golden.params, plan, x, labels, golden.classes,
-      guidance=case['guidance'], sampler=case['sampler'], noise_at=lambda i: noises[i],
-    ))(x)
+    path, options = sampler_case(golden, name)
+    steps = plan(golden, options)
+
+    def run(params, x, path=path, options=options, steps=steps):
+      calls = bfm_sampler.make_calls(
+        golden.net, params, labels, golden.classes, guidance=options['guidance'],
+        guided=steps.guided,
+      )
+      return bfm_sampler.integrate(
+        path, calls, golden.edges, steps, x, sampler=options['sampler'],
+        noise_at=lambda i: noises[i],
+      )
+
+    out = jax.jit(run)(golden.params, golden.image('smp_latents'))
     files.close(files.channels_first(out), a[name], SAMPLER, name)
+
+
+def test_network_calls_of_the_samplers(golden):
+  """Time, guidance and segment of each."""
+  a, count = golden.arrays, len(golden.labels('smp_y'))
+  for name in sampler_names(golden):
     if f'{name}_calls' not in a:
       continue
     times, batches, segments = a[f'{name}_calls'].T
-    extra = [] if plan.extra is None else [plan.extra[0]]
-    called = np.concatenate([plan.t.ravel(), extra])
-    guided = np.concatenate([plan.guided.ravel(), plan.guided[-1, -1:][: len(extra)]])
-    np.testing.assert_allclose(called, times, rtol=0, atol=6e-8)
-    np.testing.assert_array_equal(bfm.segment_of(jnp.asarray(called), edges), segments)
-    np.testing.assert_array_equal(np.where(guided, 2, 1) * len(labels), batches)
+    steps = plan(golden, sampler_case(golden, name)[1])
+    np.testing.assert_allclose(steps.t, times, rtol=0, atol=6e-8)
+    np.testing.assert_array_equal(steps.segment, segments)
+    np.testing.assert_array_equal(bfm_sampler.segment_of(steps.t, golden.edges), segments)
+    np.testing.assert_array_equal(np.where(steps.guided, 2, 1) * count, batches)
 
 
 def test_score(golden):
-  a = golden.arrays
-  v, x, t = golden.image('samp_v_seg1'), golden.image('samp_x'), a['samp_t'][1]
+  a, segment = golden.arrays, min(1, golden.segments - 1)
+  v, x, t = golden.image(f'samp_v_seg{segment}'), golden.image('samp_x'), a['samp_t'][segment]
   for name, path in (('score_linear', 'linear'), ('score_cosine', 'trig')):
-    ours = np.stack([bfm.score(path, v[i], x[i], t[i]) for i in range(len(t))])
+    ours = np.stack([bfm_sampler.score(path, v[i], x[i], t[i]) for i in range(len(t))])
     files.close(files.channels_first(ours), a[name], FORWARD, name)
 
 
+def linear(layer, x):
+  """A linear layer of our parameters."""
+  return x @ layer['kernel'] + layer['bias'].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def slice_of(stack, *index):
+  """The parameters of one block of a stack."""
+  return jax.tree.map(lambda leaf: leaf[index], stack['blocks'])
+
+
+class Debug:
+  """Compares what is inside the training forward, for the first samples (all of segment 0)."""
+
+  def __init__(self, golden):
+    self.golden, self.config = golden, golden.settings
+    grid = golden.config['context_size'] // self.config.patch
+    self.rotary = layers.rotary_table(
+      grid, self.config.width // self.config.heads, self.config.rotary_theta
+    )
+
+  def check(self, name, value):
+    """Compares where the folder has such an array; what it has beyond these fails at the end."""
+    if f'dbg_{name}' in self.golden.arrays:
+      files.close(value, self.golden.arrays[f'dbg_{name}'], FORWARD, name)
+
+  def condition(self, t, y):
+    p, width = self.golden.params, self.config.width
+    self.check('t_sinusoid', layers.sinusoid(t))
+    time = layers.TimeEmbedding(width).apply({'params': p['time']}, t)
+    labels = layers.LabelEmbedding(self.golden.classes, width).apply({'params': p['labels']}, y)
+    self.check('t_emb', time)
+    self.check('y_emb', labels)
+    self.check('c', time + labels)
+    return self.golden.net.condition(p, t, y)
+
+  def in_official_order(self, patches):
+    """[.., P P C] -> [.., C P P]."""
+    split = patches.reshape(*patches.shape[:2], -1, self.golden.config['in_channels'])
+    return jnp.swapaxes(split, 2, 3).reshape(patches.shape)
+
+  def features(self, patches, c):
+    p, few = self.golden.params, len(patches)
+    active = jax.nn.silu(c)
+    shared = linear(p['feature_shared'], active)
+    self.check('global_adaln', shared)
+    h = linear(p['feature_patches'], patches)
+    self.check('rep_x_embed', h)
+    for i in range(self.config.feature_depth):
+      block = slice_of(p['feature_blocks'], i)
+      modulation = linear(block['up'], linear(block['down'], active)) + shared
+      self.check(f'rep_block{i}_adaln_total', modulation)
+      h = self.inside(f'rep_block{i}', block['core'], h, modulation[:few, None])
+      self.check(f'rep_block{i}_out', h)
+    return h
+
+  def inside(self, name, core, h, modulation):
+    """One transformer block: queries, attention and MLP before their gates; returns its output."""
+    heads, attention = self.config.heads, core['attn']
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+    x = layers.modulate(layers.layer_norm(h), shift1, scale1)
+    q = linear(attention['qkv'], x).reshape(*h.shape[:2], 3, heads, -1)[:, :, 0]
+    self.check(f'{name}_q_before_norm', jnp.swapaxes(q, 1, 2))
+    q = layers.RMSNorm().apply({'params': attention['q_norm']}, q)
+    self.check(f'{name}_q_after_norm', jnp.swapaxes(q, 1, 2))
+    self.check(f'{name}_q_after_rope', jnp.swapaxes(layers.rotate(q, self.rotary), 1, 2))
+    attend = layers.Attention(heads, 'float32', qk_norm=True)
+    branch = attend.apply({'params': attention}, x, self.rotary)
+    self.check(f'{name}_attn_out', branch)
+    h = h + gate1 * branch
+    x = layers.modulate(layers.layer_norm(h), shift2, scale2)
+    branch = linear(core['mlp']['fc2'], jax.nn.gelu(linear(core['mlp']['fc1'], x)))
+    self.check(f'{name}_mlp_out', branch)
+    return h + gate2 * branch
+
+  def velocity(self, patches, c, f):
+    """Everything after the features, by the definition: on the concatenation of c and f."""
+    p = self.golden.params
+    z = jnp.concatenate([jnp.broadcast_to(c[:, None], f.shape), f], axis=-1)
+    self.check('c_repre', z)
+    z = jax.nn.silu(z)
+    shared = linear(p['velocity_shared'], z)
+    self.check('global_adaln2', shared)
+    h = linear(p['velocity_patches'], patches)
+    self.check('x_embed', h)
+    for i in range(self.config.segment_depth):
+      block = slice_of(p['segments'], 0, i)
+      modulation = linear(block['up'], linear(block['down'], z)) + shared
+      self.check(f'vel0_block{i}_adaln_total', modulation)
+      h = self.inside(f'vel0_block{i}', block['core'], h, modulation)
+      self.check(f'vel0_block{i}_out', h)
+    shift, scale = jnp.split(linear(p['final']['modulation'], z), 2, axis=-1)
+    out = linear(p['final']['linear'], layers.modulate(layers.layer_norm(h), shift, scale))
+    self.check('final_tokens', self.in_official_order(out))
+
+
 def test_debug_arrays(golden):
-  """Everything inside the training forward, for the first samples of the batch (segment 0)."""
-  a, p, config = golden.arrays, golden.params, golden.settings
-  if not a.names('dbg_'):
-    return
-  few = golden.config['debug_samples']
-  x, t, y = golden.image('train_x_t'), a['train_t'], golden.labels('train_y')
-  width, heads, channels = config.width, config.heads, golden.config['in_channels']
-  grid = golden.config['context_size'] // config.patch
-  rotary = layers.rotary_table(grid, width // heads)
-  silu = jax.nn.silu
+  a, few = golden.arrays, golden.config['debug_samples']
+  debug = Debug(golden)
 
-  def check(name, value):
-    files.close(value, a[f'dbg_{name}'], FORWARD, name)
-
-  def apply(module, name, *args):
-    return module.apply({'params': name if isinstance(name, dict) else p[name]}, *args)
+  def run():
+    debug.check('rope_cos', np.repeat(debug.rotary[0], 2, axis=1))
+    debug.check('rope_sin', np.repeat(debug.rotary[1], 2, axis=1))
+    patches = layers.patchify(golden.image('train_x_t')[:few], golden.settings.patch)
+    debug.check('patches', debug.in_official_order(patches))
+    c = debug.condition(a['train_t'], golden.labels('train_y'))
+    debug.velocity(patches, c[:few], debug.features(patches, c))
 
   with jax.default_matmul_precision('highest'):
-    check('rope_cos', np.repeat(rotary[0], 2, axis=1))
-    check('rope_sin', np.repeat(rotary[1], 2, axis=1))
-    patches = layers.patchify(x[:few], config.patch)
-    ordered = patches.reshape(*patches.shape[:2], -1, channels)
-    check('patches', jnp.swapaxes(ordered, 2, 3).reshape(patches.shape))
-    check('t_sinusoid', layers.sinusoid(t))
-    time = apply(layers.TimeEmbedding(width), 'time', t)
-    label = apply(layers.LabelEmbedding(golden.classes, width), 'labels', y)
-    check('t_emb', time)
-    check('y_emb', label)
-    c = golden.net.condition(p, t, y)
-    check('c', c)
-    shared = apply(layers.dense(6 * width), 'feature_shared', silu(c))
-    check('global_adaln', shared)
-    h = apply(layers.dense(width), 'feature_patches', patches)
-    check('rep_x_embed', h)
-    for i in range(config.feature_depth):
-      block = jax.tree.map(lambda leaf, i=i: leaf[i], p['feature_blocks']['blocks'])
-      low = apply(layers.dense(config.lora_width), block['down'], silu(c))
-      modulation = apply(layers.dense(6 * width), block['up'], low) + shared
-      if i == 0:
-        check('rep_block0_adaln_total', modulation)
-        check_first_block(golden, check, block, h, modulation[:few, None], rotary)
-      h, _ = apply(blockwise.FeatureBlock(config), block, h, silu(c)[:few], shared[:few], rotary)
-      check(f'rep_block{i}_out', h)
-    feature = golden.net.features(p, x, c)
-    spread = jnp.broadcast_to(c[:few, None], feature[:few].shape)
-    joined = jnp.concatenate([spread, feature[:few]], -1)
-    check('c_repre', joined)
-    active = (silu(c[:few]), silu(feature[:few]))
-    shared = apply(blockwise.PairLinear(6 * width), 'velocity_shared', *active)
-    check('global_adaln2', shared)
-    h = apply(layers.dense(width), 'velocity_patches', patches)
-    check('x_embed', h)
-    for i in range(config.segment_depth):
-      block = jax.tree.map(lambda leaf, i=i: leaf[0, i], p['segments']['blocks'])
-      if i == 0:
-        low = apply(blockwise.PairLinear(config.lora_width), block['down'], *active)
-        check('vel0_block0_adaln_total', apply(layers.dense(6 * width), block['up'], low) + shared)
-      h, _ = apply(blockwise.VelocityBlock(config), block, h, *active, shared, rotary)
-      check(f'vel0_block{i}_out', h)
-    out = apply(blockwise.Final(config, channels), 'final', h, *active)
-    ordered = out.reshape(*out.shape[:2], -1, channels)
-    check('final_tokens', jnp.swapaxes(ordered, 2, 3).reshape(out.shape))
+    run()
 
 
-def check_first_block(golden, check, block, h, modulation, rotary):
-  """Queries, attention and MLP of the first feature block, before their gates."""
-  config, core = golden.settings, block['core']
-  shift1, scale1, gate1, shift2, scale2, _ = jnp.split(modulation, 6, axis=-1)
-  inside = layers.modulate(layers.layer_norm(h), shift1, scale1)
-  qkv = layers.dense(3 * config.width).apply({'params': core['attn']['qkv']}, inside)
-  q = qkv.reshape(*h.shape[:2], 3, config.heads, -1)[:, :, 0]
-  check('rep_block0_q_before_norm', jnp.swapaxes(q, 1, 2))
-  q = layers.RMSNorm().apply({'params': core['attn']['q_norm']}, q)
-  check('rep_block0_q_after_norm', jnp.swapaxes(q, 1, 2))
-  check('rep_block0_q_after_rope', jnp.swapaxes(layers.rotate(q, rotary), 1, 2))
-  attention = layers.Attention(config.heads, 'float32', qk_norm=True)
-  branch = attention.apply({'params': core['attn']}, inside, rotary)
-  check('rep_block0_attn_out', branch)
-  h = h + gate1 * branch
-  inside = layers.modulate(layers.layer_norm(h), shift2, scale2)
-  mlp = layers.MLP(int(config.width * config.mlp_ratio), 'float32')
-  check('rep_block0_mlp_out', mlp.apply({'params': core['mlp']}, inside))
-
-
-def test_round_trip_is_bit_equal(golden_root, golden):
-  tensors = load_file(golden_root / 'bfm' / 'weights.safetensors')
+def test_round_trip_is_bit_equal(golden):
   back = golden.official(golden.params)
-  assert set(back) == set(tensors)
-  for key, value in tensors.items():
+  assert set(back) == set(golden.tensors)
+  for key, value in golden.tensors.items():
     assert back[key].dtype == value.dtype
     np.testing.assert_array_equal(back[key], value, err_msg=key)
 
