@@ -2,6 +2,7 @@
 
 A step is a folder with the items `params`, `ema`, `opt_state` and `run` (step counter, key, bad
 steps), each readable alone, and `meta`: who wrote it, and shape, dtype and checksum of every leaf.
+Converted weights are `params` and `meta`: enough to sample and to start from, not to go on.
 A leaf is stored under its dotted path in the state (`params.blocks.qkv.kernel`), so a None or an
 optimiser's empty state needs no place in the file. The data position is the step.
 """
@@ -214,7 +215,8 @@ class Checkpoints:
       (state, step), or None if there is no checkpoint.
 
     Raises:
-      ValueError: if a checkpoint belongs to another run, or all are damaged; nothing is renamed.
+      ValueError: if a checkpoint belongs to another run or holds parameters alone, or all are
+        damaged; nothing is renamed.
     """
     steps = self.steps()
     if not steps:
@@ -222,6 +224,12 @@ class Checkpoints:
     abstract = _named(abstract_state)
 
     def select(step, leaves):
+      if {_item(name) for name in leaves} == {'params'} != {_item(name) for name in abstract}:
+        raise ValueError(
+          f'checkpoint {self._path(step)} holds parameters alone (converted weights), no training '
+          'to go on with; train in another --workdir with '
+          f'--config.run.init_from={os.path.dirname(self.directory)}'
+        )
       self._expect_same_leaves(step, leaves, abstract)
       return abstract
 

@@ -1,5 +1,7 @@
 """Words of a command line to a config: commands, flags, recipe files and stored configs."""
 
+import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -8,7 +10,18 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-COMMANDS = ('train', 'sample', 'evaluate')
+COMMANDS = {  # and the flags that each takes beside --config and --workdir
+  'train': (),
+  'sample': ('step',),
+  'evaluate': ('step', 'samples'),
+  'convert': ('step', 'weights', 'export'),
+  'bench': ('against', 'runs'),
+}
+EXCLUSIVE = {  # pairs of flags, and what to choose between
+  ('step', 'samples'): 'measure a checkpoint or a file',
+  ('weights', 'export'): 'read a file of official weights or write one',
+  ('step', 'weights'): 'a checkpoint is chosen for --export',
+}
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
 
@@ -18,12 +31,18 @@ commands
   train      train, preview, checkpoint, evaluate; the same command again goes on (default)
   sample     checkpoint to images: .npz, grid PNG and, with --config.sample.png_folder, PNGs
   evaluate   checkpoint, or --samples=FILE.npz, to metrics and protocol.json
+  convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
+  bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
 
 flags
   --config   recipe, such as configs/soflow_digits.py; without it the workdir's config.json
   --workdir  where the run lives; default runs/<recipe name>
-  --step     checkpoint to use, in finished steps; default the newest (sample, evaluate)
+  --step     checkpoint to use, in finished steps; default the newest (sample, evaluate, convert)
   --samples  images to measure (evaluate)
+  --weights  official .safetensors to read into a new workdir (convert)
+  --export   .safetensors to write, official names and layouts; config.sample.weights (convert)
+  --against  recipe to compare with; its keys as --against.section.key=value (bench)
+  --runs     timed runs of each, in turn; default 20 (bench)
 
 Keys and their meaning: configs/base.py. Data: data/ here, or FMZOO_DATA_DIR.
 """
@@ -48,37 +67,110 @@ def parse(argv):
   Raises:
     ValueError: one line for an unknown command, flag or key, a wrong type or a missing file.
   """
+  command_of(itertools.takewhile(lambda word: not word.startswith('-'), argv[1:]))
   sys.path.insert(0, os.getcwd())  # recipes import configs.base
+  recipe, argv = without_recipe(argv, 'config')
+  against, argv = without_recipe(argv, 'against')
+  config = stored_config(argv) if recipe is None else recipe_config(recipe)
+  recipes = {'config': config} | ({'against': recipe_config(against)} if against else {})
   values = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, 'where the run lives', flag_values=values)
-  flags.DEFINE_integer('step', None, 'checkpoint, in finished steps', flag_values=values)
-  flags.DEFINE_string('samples', None, 'images to measure', flag_values=values)
-  recipe = flag_value(argv, 'config')
-  stored = stored_config(argv) if recipe is None else None
+  for name in ('workdir', 'samples', 'weights', 'export'):
+    flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
+  flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
+  for name, chosen in recipes.items():
+    expect_known_keys(name, chosen, argv)
   try:
-    if recipe is None:
-      config_flags.DEFINE_config_dict(
-        'config', stored, 'recipe', flag_values=values, sys_argv=argv
-      )
-    else:
-      config_flags.DEFINE_config_file(
-        'config', None, 'recipe', flag_values=values, sys_argv=argv
-      )
-    _, *positional = values(argv)
-    config = values.config
-  except (
-    flags.Error, AttributeError, KeyError, TypeError, ImportError, OSError, ValueError
-  ) as error:
+    for name, chosen in recipes.items():
+      config_flags.DEFINE_config_dict(name, chosen, 'recipe', flag_values=values, sys_argv=argv)
+    _, *words = values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{error} (known keys: configs/base.py; --help shows the flags)') from error
-  command = positional[0] if positional else 'train'
-  if len(positional) > 1 or command not in COMMANDS:
-    raise ValueError(f"command '{' '.join(positional)}' is unknown; use one of {COMMANDS}")
-  for name, takes in (('step', ('sample', 'evaluate')), ('samples', ('evaluate',))):
-    if values[name].present and command not in takes:
-      raise ValueError(f"--{name} is a flag of {' and '.join(takes)}, not of '{command}'; drop it")
-  if values['step'].present and values['samples'].present:
-    raise ValueError('--step and --samples exclude each other: measure a checkpoint or a file')
-  return command, config, values.workdir or default_workdir(recipe), values
+  command = command_of(words)
+  own = [name for names in COMMANDS.values() for name in names]
+  given = {name for name in own if name in values and values[name].present}
+  check_flags(command, given | recipes.keys() & {'against'})
+  return command, values.config, values.workdir or default_workdir(recipe), values
+
+
+def command_of(words):
+  """Returns the command that the words beside the flags name; there may be one, or none."""
+  command, *stray = [*words] or ['train']
+  if command not in COMMANDS:
+    raise ValueError(f"command '{command}' is unknown; use one of {', '.join(COMMANDS)}")
+  if stray:
+    raise ValueError(
+      f"'{' '.join(stray)}' after the command '{command}' is not understood; drop it, or write it"
+      ' as --flag=value (--help shows the flags)'
+    )
+  return command
+
+
+def check_flags(command, given):
+  """Refuses flags of another command and flags that exclude each other.
+
+  Args:
+    command: of COMMANDS.
+    given: names of those on the command line, beside --config and --workdir.
+  """
+  for name in sorted(given.difference(COMMANDS[command])):
+    takers = ' and '.join(taker for taker, names in COMMANDS.items() if name in names)
+    raise ValueError(f"--{name} is a flag of {takers}, not of '{command}'; drop it")
+  for (first, second), choice in EXCLUSIVE.items():
+    if {first, second} <= given:
+      raise ValueError(f'--{first} and --{second} exclude each other: {choice}')
+  if command == 'convert' and not given & {'weights', 'export'}:
+    raise ValueError(
+      "'convert' needs --weights=FILE.safetensors to read official weights into the workdir, or"
+      ' --export=FILE.safetensors to write its checkpoint as such'
+    )
+
+
+def without_recipe(argv, name):
+  """Returns (value of the last flag `name` or None, the command line without it)."""
+  rest, words = [], iter(argv)
+  recipe = None
+  for word in words:
+    flag, has_value, value = word.partition('=')
+    if flag in (f'-{name}', f'--{name}'):
+      recipe = value if has_value else next(words, '')
+    else:
+      rest.append(word)
+  return recipe, rest
+
+
+def recipe_config(recipe):
+  """Returns the config of a recipe, FILE or FILE:ARG."""
+  path, has_argument, argument = recipe.partition(':')
+  if not (path.endswith('.py') and pathlib.Path(path).is_file()):
+    raise ValueError(
+      f"--config={recipe}: there is no recipe '{path}'; fmzoo's are in configs/, such as"
+      ' configs/soflow_digits.py'
+    )
+  spec = importlib.util.spec_from_file_location('recipe', path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if has_argument else module.get_config()
+  except (AttributeError, ImportError, TypeError, ValueError) as error:
+    raise ValueError(f'--config={recipe} cannot be used: {error}') from error
+
+
+def expect_known_keys(flag, config, argv):
+  """Refuses `--config.section.key` of a section or a key that the recipe does not have."""
+  for word in argv[1:]:
+    dotted = word.partition('=')[0].lstrip('-')
+    if not word.startswith('-') or not dotted.startswith(f'{flag}.'):
+      continue
+    node, above = config, 'the recipe'
+    for name in dotted.split('.')[1:]:
+      if not hasattr(node, 'keys') or '[' in name:
+        break
+      if name not in node:
+        raise ValueError(
+          f"--{dotted}: '{name}' is no key of {above}; it has {', '.join(sorted(node))}"
+        )
+      node, above = node[name], f"'{name}'"
 
 
 def flag_value(argv, name):

@@ -1,44 +1,76 @@
 """Flags to config to command; no logic."""
 
+import signal
 import sys
 
 from fmzoo import command_line
 
+STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended training early, all of it saved
+INTERRUPTED = 128 + signal.SIGINT  # of Ctrl-C
+
 
 def run(argv):
-  """Parses the flags, builds the recipe and hands over to the command."""
+  """Parses the flags, builds the recipe, hands over to the command; returns the exit status."""
   if command_line.asks_for_help(argv):
     print(command_line.USAGE)
-    return
+    return 0
   command, config, workdir, values = command_line.parse(argv)
   from fmzoo import build, writer  # after help and bad flags: jax takes its time
 
   writer.setup_logging()
-  recipe = build.recipe(config)
-  if command == 'train':
-    from fmzoo import train
+  return COMMANDS[command](build.recipe(config), workdir, values) or 0
 
-    train.train(recipe, workdir)
-  elif command == 'sample':
-    from fmzoo import sample
 
-    sample.sample(recipe, workdir, values.step)
-  else:
-    from fmzoo import evaluate
+def _train(recipe, workdir, values):
+  from fmzoo import train
 
-    evaluate.evaluate(recipe, workdir, values.step, values.samples)
+  state = train.train(recipe, workdir)
+  return STOPPED if int(state.step) < recipe.run.steps else 0
+
+
+def _sample(recipe, workdir, values):
+  from fmzoo import sample
+
+  sample.sample(recipe, workdir, values.step)
+
+
+def _evaluate(recipe, workdir, values):
+  from fmzoo import evaluate
+
+  evaluate.evaluate(recipe, workdir, values.step, values.samples)
+
+
+def _convert(recipe, workdir, values):
+  from fmzoo import convert_weights
+
+  convert_weights.convert(recipe, workdir, values.step, values.weights, values.export)
+
+
+def _bench(recipe, workdir, values):
+  from fmzoo import bench, build
+
+  recipes = [recipe] + ([build.recipe(values.against)] if 'against' in values else [])
+  timings = bench.samplers(recipes, batch=recipe.sample.batch_size, runs=values.runs)
+  print(*bench.table(recipes, timings), sep='\n')
+
+
+COMMANDS = {
+  'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'convert': _convert, 'bench': _bench,
+}
 
 
 def cli():
   """Runs the command line and returns its exit status; bad input is one line, a fault is not."""
   try:
-    run(sys.argv)
+    return run(sys.argv)
+  except KeyboardInterrupt:
+    print('stopped by Ctrl-C; a run goes on from its last checkpoint', file=sys.stderr)
+    return INTERRUPTED
   except (ValueError, OSError) as error:
     if isinstance(error, ValueError) and not command_line.raised_here(error):
       raise
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
-  return 0
 
 
 if __name__ == '__main__':

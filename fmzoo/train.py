@@ -169,7 +169,8 @@ class Hooks:
       done, self.recipe.run.steps, values['loss'], values['grad_norm'],
       values['steps_per_second'], left,
     )
-    untrained = [name for name in sorted(values) if name.endswith('/grad_norm') and not values[name]]
+    norms = {name for name in values if name.endswith('/grad_norm')}
+    untrained = sorted(name for name in norms if not values[name])
     if untrained and done > 1:  # before the first step most gates are closed
       logging.warning(
         'no gradient since the last log step, these parts are not trained: %s', ', '.join(untrained)

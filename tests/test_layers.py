@@ -17,18 +17,21 @@ ALLOWED = {
   'fmzoo.shapes': ({'jax'}, set()),
   'fmzoo.cost': ({'jax'}, set()),
   'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
-  'fmzoo.methods.bfm_frn': ({'jax', 'numpy'}, {
-    'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm'}),
+  'fmzoo.methods.bfm': ({'jax'}, {
+    'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm_sampler'}),
+  'fmzoo.methods.bfm_frn': ({'jax'}, {
+    'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm', 'fmzoo.methods.bfm_sampler'}),
   'fmzoo.methods': ({'jax', 'numpy'}, {
     'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.ode'}),
   'fmzoo.data': ({'numpy', 'grain', 'array_record', 'sklearn', 'absl'}, {'fmzoo.data'}),
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
     'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),
-  'fmzoo.convert': ({'numpy', 'safetensors'}, {'fmzoo.models', 'fmzoo.convert'}),
+  'fmzoo.convert': ({'jax', 'numpy', 'safetensors'}, {'fmzoo.models', 'fmzoo.convert'}),
   'fmzoo.pictures': ({'numpy', 'PIL'}, set()),
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
   'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
+  'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.methods.flow'}),
   'fmzoo.step': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {'fmzoo.models.digits_encoder'}),
@@ -43,10 +46,11 @@ ALLOWED = {
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.step', 'fmzoo.writer'}),
+  'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
-    'fmzoo.evaluate'}),
+    'fmzoo.evaluate', 'fmzoo.convert_weights'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

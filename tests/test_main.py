@@ -6,10 +6,12 @@ import pathlib
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from fmzoo import main
+from fmzoo import command_line, main
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -61,8 +63,16 @@ CASES = {
   'not an integer': ((RECIPE, '--config.run.steps=1.5'), ('run.steps', '1.5')),
   'unknown flag': ((RECIPE, '--wrokdir=x'), ('wrokdir',)),
   'unknown command': (('trian', RECIPE), ('trian', 'train')),
-  'two commands': (('train', 'sample', RECIPE), ('train sample',)),
-  'no such recipe': (('--config=configs/sit_digit.py',), ('configs/sit_digit.py',)),
+  'two commands': (('train', 'sample', RECIPE), ("'sample'", "'train'")),
+  'a word too many': (('sample', 'digits'), ("'digits'", "'sample'", '--flag=value')),
+  'a word behind the flags': (('sample', '--workdir={workdir}', '3'), ("'3'", "'sample'")),
+  'no such recipe': (('--config=configs/sit_digit.py',), ('configs/sit_digit.py', 'configs/')),
+  'no recipe': (('--config=README.md',), ('README.md',)),
+  'recipe without a name': (('--config',), ('--config=',)),
+  'argument of a recipe without': (
+    ('--config=configs/sit_digits.py:xl',), ('sit_digits.py:xl', 'argument')),
+  'key nearly right': (
+    (RECIPE, '--config.run.step=5'), ('--config.run.step', "'run'", 'init_from, seed, steps')),
   'no recipe at all': (('sample', '--workdir={empty}'), ('--config', 'config.json')),
   'unknown method': ((RECIPE, '--config.method.name=gan'), ('method.name', 'gan', 'soflow')),
   'unknown model': ((RECIPE, '--config.model.name=cnn'), ('model.name', 'cnn', 'dit')),
@@ -167,6 +177,7 @@ def test_bad_input_is_one_line(case, finished, tmp_path, monkeypatch, capsys):
   status, lines = call(monkeypatch, capsys, *(a.format(**places) for a in arguments))
   assert status == 2, lines
   assert len(lines) == 1 and lines[0].startswith('error: '), lines
+  assert '\\n' not in lines[0] and 'Traceback' not in lines[0]
   for word in words:
     assert word in lines[0], lines[0]
   assert contents(finished) == before
@@ -189,10 +200,52 @@ def test_a_fault_of_fmzoo_is_not_dressed_up_as_bad_input(monkeypatch, capsys):
     call(monkeypatch, capsys, RECIPE)
 
 
+def test_recipes_may_take_an_argument(tmp_path):
+  """FILE:ARG; what the recipe refuses is one line, too."""
+  path = tmp_path / 'sized.py'
+  path.write_text(
+    'from configs import sit_digits\n'
+    'def get_config(size):\n'
+    '  if size not in ("s", "l"):\n'
+    '    raise ValueError(f"size {size} is unknown; use s or l")\n'
+    '  config = sit_digits.get_config()\n'
+    '  config.model.width = {"s": 32, "l": 64}[size]\n'
+    '  return config\n'
+  )
+  _, config, workdir, _ = command_line.parse(['fmzoo', f'--config={path}:l'])
+  assert config.model.width == 64 and workdir == 'runs/sized_l'
+  assert command_line.parse(['fmzoo', '--config', f'{path}:s'])[1].model.width == 32
+  with pytest.raises(ValueError, match='sized.py:xl cannot be used: size xl is unknown'):
+    command_line.parse(['fmzoo', f'--config={path}:xl'])
+
+
+def test_every_command_and_flag_is_in_the_help(capsys):
+  assert set(main.COMMANDS) == set(command_line.COMMANDS)
+  assert main.run(['fmzoo', '--help']) == 0
+  text = capsys.readouterr().out
+  for command, names in command_line.COMMANDS.items():
+    assert f'\n  {command} ' in text
+    assert all(f'\n  --{name} ' in text for name in names)
+
+
+def test_stopped_early_or_interrupted_is_told_by_the_exit_status(monkeypatch, capsys):
+  """What has to start again sees 143 after SIGTERM and 130 after Ctrl-C, and 0 at the end."""
+  from fmzoo import train
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  for end, expected in ((lambda recipe, _: SimpleNamespace(step=np.int32(3000)), 0),
+                        (lambda recipe, _: SimpleNamespace(step=np.int32(2999)), 143),
+                        (interrupt, 130)):
+    monkeypatch.setattr(train, 'train', end)
+    status, lines = call(monkeypatch, capsys, RECIPE, '--config.run.steps=3000')
+    assert status == expected
+  assert lines == ['stopped by Ctrl-C; a run goes on from its last checkpoint']
+
+
 def test_stored_config_is_read_back(finished, monkeypatch):
   monkeypatch.chdir(ROOT)
-  from fmzoo import command_line
-
   _, config, workdir, _ = command_line.parse(
     ['fmzoo', 'sample', f'--workdir={finished}', '--config.sample.num_images=3']
   )

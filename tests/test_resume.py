@@ -79,7 +79,7 @@ def test_killed_process_goes_on_exactly(tmp_path):
   assert stop(start(whole), whole, 10**9, signal.SIGTERM) == 0
   assert stop(start(parts), parts, 7, signal.SIGKILL) == -signal.SIGKILL
   begun = time.time()
-  assert stop(start(parts), parts, 20, signal.SIGTERM) == 0
+  assert stop(start(parts), parts, 20, signal.SIGTERM) == 143
   assert time.time() - begun < 30
   assert 20 <= max(losses(parts)) < 60
   assert stop(start(parts), parts, 10**9, signal.SIGTERM) == 0

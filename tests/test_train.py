@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,25 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
   assert first['bad_steps'] == 1 and np.isfinite(first['loss'])
   with pytest.raises(ValueError, match='2 steps in a row up to step 4'):
     train.train(bad_at([1, 2]), tmp_path / 'stops')
+
+
+def test_a_segment_without_gradient_is_told(tmp_path, monkeypatch):
+  """Its name, once a log step from the second step on; the other segments are not named."""
+  recipe = tiny.recipe('bfm', mesh__data=1, run__steps=3, log__log_every_steps=1)
+
+  def loss(params, *args):
+    cut = jax.tree.map(
+      lambda leaf: leaf.at[1].set(jax.lax.stop_gradient(leaf[1])), params['segments']
+    )
+    return recipe.method.loss({**params, 'segments': cut}, *args)
+
+  warnings = []
+  monkeypatch.setattr(train.logging, 'warning', lambda text, *args: warnings.append(text % args))
+  cut_recipe = dataclasses.replace(recipe, method=recipe.method._replace(loss=loss))
+  train.train(cut_recipe, tmp_path)
+  assert len(warnings) == 2 and all(line.endswith(': segment_1/grad_norm') for line in warnings)
+  last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert last['segment_0/grad_norm'] > 0 and last['segment_1/grad_norm'] == 0
 
 
 class Opaque:

@@ -1,11 +1,14 @@
 """Official BFM weights (github.com/mlvlab/Blockwise-Flow-Matching) to our tree and back.
 
-The residual network (FRN) is in the weights of stage 2 only; those of stage 1 fit, too.
+The residual network (FRN) is in the weights of stage 2 only, and model.frn_depth must say so.
 """
 
 import dataclasses
 
+import jax
+
 from fmzoo.convert import names
+from fmzoo.models import blockwise
 
 FRN_PREFIX = 'frn_blocks.'
 
@@ -66,7 +69,7 @@ def entries(config, channels):
     found += _block(f'representation_blocks.{i}', ('feature_blocks', 'blocks'), (i,), low_rank)
   for s in range(config.segments):
     for i in range(config.segment_depth):
-      found += _block(f'velocity_blocks.{s}.{i}', ('segments', 'blocks'), (s, i), low_rank)
+      found += _block(f'velocity_blocks.{s}.{i}', ('segments', 'blocks'), (i, s), low_rank)
   for i in range(config.frn_depth):
     full = {'adaLN_modulation.1': 'modulation'}
     found += _block(f'{FRN_PREFIX}{i}', ('frn', 'blocks'), (i,), full)
@@ -90,32 +93,62 @@ def _block(official, path, index, modulation):
   return found
 
 
-def from_official(tensors, config, channels):
+def from_official(tensors, config, latent_shape, num_classes):
   """Builds our tree; drops '_orig_mod.' anywhere in a key and a leading 'module.'.
 
   Args:
-    tensors: {official key: array}.
-    config: models.blockwise.Config.
-    channels: C, of the latent.
+    tensors: {official key: array, or weights.Tensor}.
+    config: models.blockwise.Config; with frn_depth=0 the tensors may have no FRN, else they must.
+    latent_shape: (H, W, C).
+    num_classes: the label table has one more row.
 
   Returns:
-    Tree of arrays; without 'frn' if the tensors have none.
+    Tree of numpy arrays, float32.
 
   Raises:
-    ValueError: names every key that is missing or not expected.
+    names.Misfit: names every key that is missing or not expected and every tensor of another shape
+      or dtype.
   """
-  cleaned = {
-    key.replace('_orig_mod.', '').removeprefix('module.'): value for key, value in tensors.items()
-  }
-  has_frn = any(key.startswith(FRN_PREFIX) for key in cleaned)
-  return names.from_official(entries(_with_frn(config, has_frn), channels), cleaned)
+  channels = latent_shape[-1]
+  tensors = names.clean(tensors)
+  _check_frn(tensors, config, channels)
+  net = blockwise.make(config, latent_shape, num_classes)
+  abstract = jax.eval_shape(net.init, jax.random.key(0))
+  return names.from_official(entries(config, channels), tensors, abstract)
 
 
 def to_official(params, config, channels):
-  """Returns {official key: array} of our tree, with the FRN if the tree has one."""
+  """Returns {official key: array} of our tree, with the FRN if the tree has one.
+
+  Args:
+    params: tree, or gradients of it.
+    config: models.blockwise.Config.
+    channels: C, of the latent.
+  """
   return names.to_official(entries(_with_frn(config, 'frn' in params), channels), params)
 
 
 def _with_frn(config, has_frn):
   """Returns the config of the weights at hand."""
   return config if has_frn else dataclasses.replace(config, frn_depth=0)
+
+
+def _check_frn(tensors, config, channels):
+  """Says what to do where weights and recipe differ in the stage alone."""
+  first_stage = {key for key in tensors if not key.startswith(FRN_PREFIX)}
+  has_frn = len(first_stage) < len(tensors)
+  if has_frn == bool(config.frn_depth) or first_stage != {
+    entry.official for entry in entries(_with_frn(config, False), channels)
+  }:
+    return
+  if has_frn:
+    depth = len({key.split('.')[1] for key in tensors if key.startswith(FRN_PREFIX)})
+    raise names.Misfit(
+      f'model.frn_depth=0 has no room for the feature residual network of these weights'
+      f' ({FRN_PREFIX}*, {depth} blocks); use a recipe of stage 2, with model.frn_depth={depth}'
+    )
+  raise names.Misfit(
+    f'model.frn_depth={config.frn_depth} needs a feature residual network ({FRN_PREFIX}*), these'
+    ' weights have none: convert them with the recipe of stage 1 (model.frn_depth=0) and start'
+    ' stage 2 from that workdir with --config.run.init_from=DIR'
+  )

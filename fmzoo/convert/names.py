@@ -1,13 +1,18 @@
 """A name map: which official tensor is which leaf of our tree, and how its axes lie.
 
 An `Entry` turns one official tensor into one leaf (or one slice of a stacked leaf) and back, by
-transposing and permuting only, so both directions are equal bit for bit.
+transposing and permuting only, so both directions are equal bit for bit. Tensors are read one at a
+time: anything with `shape` and `dtype` that numpy can read will do, such as weights.Tensor.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+
+class Misfit(ValueError):
+  """Weights are not those of the network asked for."""
 
 
 class Entry(NamedTuple):
@@ -38,59 +43,101 @@ def linear(official, path, index=()):
   ]
 
 
-def from_official(entries, tensors):
+def clean(tensors, prefix=''):
+  """Drops what wrappers put into keys: '_orig_mod.' anywhere, then a leading 'module.', `prefix`.
+
+  Args:
+    tensors: {official key: array}.
+    prefix: of the keys of a module inside another; keys without it are taken, too.
+
+  Returns:
+    {clean key: array}.
+
+  Raises:
+    Misfit: if two keys become one.
+  """
+  cleaned = {}
+  for key, tensor in tensors.items():
+    name = key.replace('_orig_mod.', '').removeprefix('module.').removeprefix(prefix)
+    if name in cleaned:
+      raise Misfit(
+        f"weights do not fit: '{key}' is one of two keys for {name}; keep one of them"
+      )
+    cleaned[name] = tensor
+  return cleaned
+
+
+def from_official(entries, tensors, abstract):
   """Builds our tree.
 
   Args:
     entries: of every tensor.
-    tensors: {official key: array}.
+    tensors: {official key: array, or what stands for one and is read when it is its turn}.
+    abstract: our tree with a shape and dtype at every leaf.
 
   Returns:
-    Tree of arrays with the tensors' dtypes.
+    Tree of numpy arrays.
 
   Raises:
-    ValueError: names every key that is missing or not expected.
+    Misfit: names every key that is missing or not expected and every tensor of another shape
+      or dtype.
   """
-  _check({entry.official for entry in entries}, set(tensors))
-  slices = {}
-  for entry in entries:
-    slices.setdefault(entry.path, {})[entry.index] = entry.ours(np.asarray(tensors[entry.official]))
+  _check(entries, tensors, abstract)
   tree = {}
-  for path, parts in slices.items():
+  for entry in entries:
     node = tree
-    for name in path[:-1]:
+    for name in entry.path[:-1]:
       node = node.setdefault(name, {})
-    node[path[-1]] = _stack(parts)
+    name = entry.path[-1]
+    if name not in node:
+      leaf = _leaf(abstract, entry.path)
+      node[name] = np.empty(leaf.shape, leaf.dtype)
+    node[name][entry.index] = entry.ours(np.asarray(tensors[entry.official]))
   return tree
 
 
 def to_official(entries, tree):
   """Takes our tree apart: the inverse of `from_official`."""
-  tensors = {}
-  for entry in entries:
-    leaf = tree
-    for name in entry.path:
-      leaf = leaf[name]
-    tensors[entry.official] = np.ascontiguousarray(entry.theirs(np.asarray(leaf)[entry.index]))
-  return tensors
-
-
-def _stack(parts):
-  """Stacks {index: array} into one array; the index () is the array itself."""
-  if set(parts) == {()}:
-    return np.ascontiguousarray(parts[()])
-  shape = tuple(1 + max(index) for index in zip(*parts))
-  first = next(iter(parts.values()))
-  leaf = np.empty((*shape, *first.shape), first.dtype)
-  for index, part in parts.items():
-    leaf[index] = part
-  return leaf
-
-
-def _check(expected, found):
-  missing, extra = sorted(expected - found), sorted(found - expected)
-  if missing or extra:
-    raise ValueError(
-      f'weights do not fit: missing {", ".join(missing) or "nothing"}; not expected'
-      f' {", ".join(extra) or "nothing"}'
+  return {
+    entry.official: np.ascontiguousarray(
+      entry.theirs(np.asarray(_leaf(tree, entry.path))[entry.index])
     )
+    for entry in entries
+  }
+
+
+def _leaf(tree, path):
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+def _check(entries, tensors, abstract):
+  """Compares keys, shapes and dtypes without reading a tensor."""
+  expected = {entry.official: _official_spec(entry, abstract) for entry in entries}
+  found = {key: _spec(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+  problems = []
+  if missing := sorted(expected.keys() - found.keys()):
+    problems.append(f'missing {", ".join(missing)}')
+  if extra := sorted(found.keys() - expected.keys()):
+    problems.append(f'not expected {", ".join(extra)}')
+  if wrong := sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k]):
+    specs = ', '.join(f'{key} is {found[key]}, expected {expected[key]}' for key in wrong)
+    problems.append(f'of another shape or dtype {specs}')
+  if problems:
+    raise Misfit(
+      f'weights do not fit this network: {"; ".join(problems)}; use the recipe of these weights,'
+      ' and the float32 weights of the whole network'
+    )
+
+
+def _official_spec(entry, abstract):
+  """Returns shape and dtype of an official tensor, from a stand-in that takes no memory."""
+  leaf = _leaf(abstract, entry.path)
+  part = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(entry.index) :])
+  return _spec(entry.theirs(part).shape, leaf.dtype)
+
+
+def _spec(shape, dtype):
+  """'float32[4,8]'."""
+  return f'{dtype}[{",".join(map(str, shape))}]'

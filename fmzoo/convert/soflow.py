@@ -1,18 +1,27 @@
 """Official SoFlow DiT weights (github.com/zlab-princeton/SoFlow) to our tree and back."""
 
+import jax
+
 from fmzoo.convert import names
+from fmzoo.models import dit
 
 PREFIX = 'network.'
 
 
-def entries(depth, patch):
-  """Returns the name map of a DiT with `depth` blocks and square patches of side `patch`."""
+def entries(config, channels):
+  """Returns the name map of a DiT.
+
+  Args:
+    config: models.dit.Config.
+    channels: C, of the latent.
+  """
+  patch = config.patch
 
   def conv_to_kernel(weight):  # [D, C, P, P] -> [P P C, D]
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
   def kernel_to_conv(kernel):
-    return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
+    return kernel.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
 
   found = [
     names.Entry('pos_embed', ('pos_embed',), (), names.same, names.same),
@@ -29,7 +38,7 @@ def entries(depth, patch):
   for theirs, ours in (('t_embedder', 'time'), ('s_embedder', 'duration')):
     found += names.linear(f'{theirs}.mlp.0', (ours, 'in'))
     found += names.linear(f'{theirs}.mlp.2', (ours, 'out'))
-  for i in range(depth):
+  for i in range(config.depth):
     block = f'blocks.{i}'
     for theirs, ours in (
       ('attn.qkv', ('core', 'attn', 'qkv')), ('attn.proj', ('core', 'attn', 'proj')),
@@ -40,14 +49,37 @@ def entries(depth, patch):
   return found
 
 
-def from_official(tensors, depth, patch):
-  """Returns our tree of {official key, with or without 'network.': array}."""
+def from_official(tensors, config, latent_shape, num_classes):
+  """Builds our tree; the keys may lack 'network.' and hold '_orig_mod.' or a leading 'module.'.
+
+  Args:
+    tensors: {official key: array, or weights.Tensor}.
+    config: models.dit.Config.
+    latent_shape: (H, W, C).
+    num_classes: the label table has one more row.
+
+  Returns:
+    Tree of numpy arrays, float32.
+
+  Raises:
+    names.Misfit: names every key that is missing or not expected and every tensor of another shape
+      or dtype.
+  """
+  abstract = jax.eval_shape(
+    dit.make(config, latent_shape, num_classes).init, jax.random.key(0)
+  )
   return names.from_official(
-    entries(depth, patch), {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    entries(config, latent_shape[-1]), names.clean(tensors, PREFIX), abstract
   )
 
 
-def to_official(params, depth, patch):
-  """Returns {official key with 'network.': array} of our tree."""
-  tensors = names.to_official(entries(depth, patch), params)
+def to_official(params, config, channels):
+  """Returns {official key with 'network.': array} of our tree.
+
+  Args:
+    params: tree, or gradients of it.
+    config: models.dit.Config.
+    channels: C, of the latent.
+  """
+  tensors = names.to_official(entries(config, channels), params)
   return {PREFIX + key: value for key, value in tensors.items()}

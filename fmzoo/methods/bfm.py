@@ -119,7 +119,8 @@ def segment_means(error, first, segments):
 def segment_gradient_norms(grads):
   """Returns {'segment_<s>/grad_norm': L2 norm of the gradient of segment s's velocity blocks}."""
   squares = sum(
-    jnp.sum(leaf**2, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(grads['segments'])
+    jnp.sum(leaf**2, axis=(0, *range(2, leaf.ndim)))  # [blocks, S, ...]
+    for leaf in jax.tree.leaves(grads['segments'])
   )
   return {f'segment_{s}/grad_norm': jnp.sqrt(square) for s, square in enumerate(squares)}
 

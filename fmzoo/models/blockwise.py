@@ -7,6 +7,7 @@ part per token, the same numbers for fewer products.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -192,7 +193,7 @@ class _Parts(NamedTuple):
   projector: Any
   velocity_patches: Any
   velocity_shared: Any  # g2, the modulation that all velocity blocks share
-  segments: Any  # parameters stacked on a first axis of S
+  segments: Any  # parameters stacked over blocks and, second, over S: training scans the blocks
   final: Any
   frn: Any
 
@@ -242,7 +243,8 @@ def _init(parts, config, latent_shape, rotary, rng):
 
   params = {name: init(name, keys[name]) for name in inputs if name != 'segments'}
   of_segments = jax.random.split(keys['segments'], config.segments)
-  return params | {'segments': jax.vmap(lambda key: init('segments', key))(of_segments)}
+  stacked = jax.vmap(lambda key: init('segments', key), out_axes=1)(of_segments)
+  return params | {'segments': stacked}
 
 
 def make(config, latent_shape, num_classes):
@@ -301,11 +303,12 @@ def make(config, latent_shape, num_classes):
     return layers.unpatchify(out, config.patch, height, width)
 
   def velocity(params, x, c, f, segment, rows=None):
-    def block(index):
-      own = {'segments': jax.tree.map(lambda leaf: leaf[index], params['segments'])}
-      return lambda *args: run('segments', own, *args, rows, rotary)
+    def block(index, *args):
+      # Cut out inside the branch: outside it, every call would copy the blocks of all segments.
+      own = {'segments': jax.tree.map(lambda leaf: leaf[:, index], params['segments'])}
+      return run('segments', own, *args, rows, rotary)
 
-    blocks = [block(index) for index in range(config.segments)]
+    blocks = [functools.partial(block, index) for index in range(config.segments)]
     return velocity_with(
       lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f, rows
     )
@@ -316,7 +319,7 @@ def make(config, latent_shape, num_classes):
 
     def stack(*args):
       groups = (_group(array, first, config.segments) for array in args)
-      out = jax.vmap(block)(params['segments'], *groups)
+      out = jax.vmap(block, in_axes=(1, 0, 0, 0, 0))(params['segments'], *groups)
       return _ungroup(out, first, x.shape[0])
 
     return velocity_with(stack, params, x, c, f)

@@ -8,26 +8,32 @@ import pytest
 
 from configs import bfm_xl
 from fmzoo.convert import bfm as convert
+from fmzoo.convert import names
 from fmzoo.models import blockwise, layers
 from tests import tiny
 
 CHANNELS = 3  # unequal to the patch area, so that a wrong order of patch entries shows
+SHAPE, CLASSES = (4, 4, CHANNELS), 10
 CONFIG = blockwise.Config(
   patch=2, width=16, heads=2, mlp_ratio=2.0, segments=3, segment_depth=2, feature_depth=2,
-  frn_depth=1, lora_width=4, feature_dim=12, projector_width=8, dtype='float32',
-  precision='highest', attention='xla', remat=False, unroll=1,
+  frn_depth=1, lora_width=4, rotary_theta=10_000.0, feature_dim=12, projector_width=8,
+  dtype='float32', precision='highest', attention='xla', remat=False, unroll=1,
 )
 
 
 @pytest.fixture(scope='module')
 def params():
-  net = blockwise.make(CONFIG, (4, 4, CHANNELS), 10)
+  net = blockwise.make(CONFIG, SHAPE, CLASSES)
   return jax.tree.map(np.asarray, tiny.warm(jax.jit(net.init)(jax.random.key(0))))
 
 
 @pytest.fixture(scope='module')
 def tensors(params):
   return convert.to_official(params, CONFIG, CHANNELS)
+
+
+def read(tensors, config=CONFIG):
+  return convert.from_official(tensors, config, SHAPE, CLASSES)
 
 
 def assert_same(have, want):
@@ -40,16 +46,22 @@ def without_frn(tree, prefix):
 
 
 def test_round_trip_is_bit_equal(params, tensors):
-  assert_same(convert.from_official(tensors, CONFIG, CHANNELS), params)
+  assert_same(read(tensors), params)
 
 
 def test_weights_of_stage_one_have_no_residual_network(params, tensors):
-  """With either network: the one of stage 2 takes its other parts from them."""
   stage1, expected = without_frn(tensors, 'frn_blocks'), without_frn(params, 'frn')
-  for depth in (0, 1):
-    config = dataclasses.replace(CONFIG, frn_depth=depth)
-    assert_same(convert.from_official(stage1, config, CHANNELS), expected)
-    assert_same(convert.to_official(expected, config, CHANNELS), stage1)
+  config = dataclasses.replace(CONFIG, frn_depth=0)
+  assert_same(read(stage1, config), expected)
+  for either in (config, CONFIG):
+    assert_same(convert.to_official(expected, either, CHANNELS), stage1)
+
+
+def test_weights_of_the_other_stage_are_refused_with_the_remedy(tensors):
+  with pytest.raises(names.Misfit, match='model.frn_depth=0 .*1 blocks.*stage 2'):
+    read(tensors, dataclasses.replace(CONFIG, frn_depth=0))
+  with pytest.raises(names.Misfit, match='model.frn_depth=1 .*stage 1.*run.init_from'):
+    read(without_frn(tensors, 'frn_blocks'))
 
 
 @pytest.mark.parametrize('rename', [
@@ -62,25 +74,36 @@ def test_weights_of_stage_one_have_no_residual_network(params, tensors):
 def test_prefixes_of_wrappers_are_dropped(params, tensors, rename):
   renamed = {rename(key): value for key, value in tensors.items()}
   assert set(renamed) != set(tensors)
-  assert_same(convert.from_official(renamed, CONFIG, CHANNELS), params)
+  assert_same(read(renamed), params)
 
 
-def test_missing_and_unexpected_keys_are_named_together(tensors):
-  wrong = {**tensors, 'x_embedder.extra': np.zeros(1), 'velocity_blocks.9.0.attn.proj.bias': 0}
+def test_two_keys_for_one_tensor_are_refused(tensors):
+  twice = {**tensors, 'module.t_embedder.mlp.0.bias': tensors['t_embedder.mlp.0.bias']}
+  with pytest.raises(names.Misfit, match="'module.t_embedder.mlp.0.bias' is one of two"):
+    read(twice)
+
+
+def test_all_that_does_not_fit_is_named_together(tensors):
+  wrong = {**tensors, 'x_embedder.more': np.zeros(1), 'frn_blocks.9.mlp.fc1.bias': np.ones(2)}
   del wrong['velocity_blocks.2.1.mlp.fc1.weight'], wrong['t_embedder.mlp.0.bias']
-  with pytest.raises(ValueError) as error:
-    convert.from_official(wrong, CONFIG, CHANNELS)
-  missing, extra = str(error.value).split('not expected')
-  for key in ('velocity_blocks.2.1.mlp.fc1.weight', 't_embedder.mlp.0.bias'):
-    assert key in missing and key not in extra
-  for key in ('x_embedder.extra', 'velocity_blocks.9.0.attn.proj.bias'):
-    assert key in extra and key not in missing
+  wrong['t_embedder.mlp.2.bias'] = tensors['t_embedder.mlp.2.bias'].astype(np.float16)
+  wrong['velocity_blocks.1.1.attn.qkv.weight'] = tensors['velocity_blocks.1.1.attn.qkv.weight'].T
+  with pytest.raises(names.Misfit) as error:
+    read(wrong)
+  missing, rest = str(error.value).split('; not expected ')
+  extra, other = rest.split('; of another shape or dtype ')
+  assert missing.endswith('missing t_embedder.mlp.0.bias, velocity_blocks.2.1.mlp.fc1.weight')
+  assert extra == 'frn_blocks.9.mlp.fc1.bias, x_embedder.more'
+  assert other.startswith(
+    't_embedder.mlp.2.bias is float16[16], expected float32[16], velocity_blocks.1.1.attn.qkv'
+    '.weight is float32[16,48], expected float32[48,16]; '
+  )
 
 
 def test_half_a_residual_network_is_refused(tensors):
   wrong = {key: value for key, value in tensors.items() if key != 'frn_blocks.0.attn.q_norm.weight'}
-  with pytest.raises(ValueError, match='missing frn_blocks.0.attn.q_norm.weight'):
-    convert.from_official(wrong, CONFIG, CHANNELS)
+  with pytest.raises(names.Misfit, match='missing frn_blocks.0.attn.q_norm.weight'):
+    read(wrong)
 
 
 @pytest.mark.parametrize('frn_depth,count', [(0, 723), (4, 771)])

@@ -1,42 +1,55 @@
 """The name map of SoFlow's DiT, both directions."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fmzoo.convert import names
 from fmzoo.convert import soflow as convert
 from fmzoo.models import dit
+from tests import golden_files
 
 PATCH, WIDTH, DEPTH, SIDE, CHANNELS, CLASSES = 2, 16, 3, 8, 4, 5
+CONFIG = dit.Config(
+  patch=PATCH, width=WIDTH, depth=DEPTH, heads=2, mlp_ratio=4.0, duration=True, dtype='float32',
+  precision='highest', attention='xla', remat=False, unroll=1,
+)
 
 
 @pytest.fixture(scope='module')
 def params():
   """Random leaves in the structure of a tiny DiT."""
-  net = dit.make(dit.Config(
-    patch=PATCH, width=WIDTH, depth=DEPTH, heads=2, mlp_ratio=4.0, duration=True, dtype='float32',
-    precision='highest', attention='xla', remat=False, unroll=1,
-  ), (SIDE, SIDE, CHANNELS), CLASSES)
+  net = dit.make(CONFIG, (SIDE, SIDE, CHANNELS), CLASSES)
   shapes = jax.eval_shape(net.init, jax.random.key(0))
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
 
 
+def read(tensors):
+  return convert.from_official(tensors, CONFIG, (SIDE, SIDE, CHANNELS), CLASSES)
+
+
 def test_our_tree_comes_back_bit_equal(params):
-  tensors = convert.to_official(params, DEPTH, PATCH)
+  tensors = convert.to_official(params, CONFIG, CHANNELS)
   assert len(tensors) == 16 + 10 * DEPTH
   assert all(key.startswith('network.') for key in tensors)
-  back = convert.from_official(tensors, DEPTH, PATCH)
+  back = read(tensors)
   assert jax.tree.structure(back) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_official_weights_come_back_bit_equal(golden_root):
-  tensors = load_file(golden_root / 'soflow' / 'dit.safetensors')
-  depth = 1 + max(int(key.split('.')[2]) for key in tensors if key.startswith('network.blocks.'))
-  patch = tensors['network.x_embedder.proj.weight'].shape[-1]
-  back = convert.to_official(convert.from_official(tensors, depth, patch), depth, patch)
+  folder = golden_root / 'soflow'
+  tensors, d = load_file(folder / 'dit.safetensors'), golden_files.config(folder)['dit']
+  config = dataclasses.replace(
+    CONFIG, patch=d['patch'], width=d['hidden'], depth=d['depth'], heads=d['heads']
+  )
+  shape = (d['data_size'], d['data_size'], d['channels'])
+  params = convert.from_official(tensors, config, shape, d['num_classes'])
+  back = convert.to_official(params, config, d['channels'])
   assert set(back) == set(tensors)
   for key, tensor in tensors.items():
     assert back[key].dtype == tensor.dtype and back[key].flags.c_contiguous
@@ -45,7 +58,7 @@ def test_official_weights_come_back_bit_equal(golden_root):
 
 def test_layouts_of_the_official_tensors(params):
   """Shapes of the specification's table, and one element of each that is more than transposed."""
-  tensors = convert.to_official(params, DEPTH, PATCH)
+  tensors = convert.to_official(params, CONFIG, CHANNELS)
   conv = tensors['network.x_embedder.proj.weight']
   assert conv.shape == (WIDTH, CHANNELS, PATCH, PATCH)
   row, column, channel, feature = 1, 0, 3, 5
@@ -61,17 +74,27 @@ def test_layouts_of_the_official_tensors(params):
   assert table.shape == (CLASSES + 1, WIDTH)
 
 
-def test_the_prefix_is_optional(params):
-  tensors = convert.to_official(params, DEPTH, PATCH)
-  bare = {key.removeprefix('network.'): value for key, value in tensors.items()}
-  jax.tree.map(np.testing.assert_array_equal, convert.from_official(bare, DEPTH, PATCH), params)
+@pytest.mark.parametrize('rename', [
+  lambda key: key.removeprefix('network.'),
+  lambda key: f'module.{key}',
+  lambda key: key.replace('network.', 'network._orig_mod.'),
+])
+def test_prefixes_are_optional(params, rename):
+  tensors = convert.to_official(params, CONFIG, CHANNELS)
+  renamed = {rename(key): value for key, value in tensors.items()}
+  jax.tree.map(np.testing.assert_array_equal, read(renamed), params)
 
 
-def test_every_missing_and_unexpected_key_is_named(params):
-  tensors = convert.to_official(params, DEPTH, PATCH)
+def test_all_that_does_not_fit_is_named_together(params):
+  tensors = convert.to_official(params, CONFIG, CHANNELS)
   del tensors['network.pos_embed'], tensors['network.blocks.1.mlp.fc2.bias']
   tensors['network.ema_decay'] = np.zeros(1)
-  with pytest.raises(ValueError) as error:
-    convert.from_official(tensors, DEPTH, PATCH)
-  for key in ('pos_embed', 'blocks.1.mlp.fc2.bias', 'ema_decay'):
-    assert key in str(error.value)
+  table = 'network.y_embedder.embedding_table.weight'
+  tensors[table] = tensors[table][:-1]  # of a model without the null label
+  with pytest.raises(names.Misfit) as error:
+    read(tensors)
+  assert str(error.value).startswith(
+    'weights do not fit this network: missing blocks.1.mlp.fc2.bias, pos_embed; not expected'
+    ' ema_decay; of another shape or dtype y_embedder.embedding_table.weight is float32[5,16],'
+    ' expected float32[6,16]; '
+  )

@@ -33,16 +33,22 @@ class Golden:
     self.arrays = files.Arrays(folder / 'io.npz')
     d = self.config['dit']
     self.classes, self.patch, self.depth = d['num_classes'], d['patch'], d['depth']
-    self.net = dit.make(dit.Config(
+    self.model = dit.Config(
       patch=d['patch'], width=d['hidden'], depth=d['depth'], heads=d['heads'], mlp_ratio=4.0,
       duration=True, dtype='float32', precision='highest', attention='xla', remat=False, unroll=1,
-    ), (d['data_size'], d['data_size'], d['channels']), d['num_classes'])
+    )
+    shape = (d['data_size'], d['data_size'], d['channels'])
+    self.net = dit.make(self.model, shape, self.classes)
     self.net = self.net._replace(apply=jax.jit(self.net.apply))
-    tensors = load_file(folder / 'dit.safetensors')
-    self.params = convert.from_official(tensors, self.depth, self.patch)
+    self.params = convert.from_official(
+      load_file(folder / 'dit.safetensors'), self.model, shape, self.classes
+    )
 
   def image(self, name):
     return files.channels_last(self.arrays[name])
+
+  def official(self, params):
+    return convert.to_official(params, self.model, self.config['dit']['channels'])
 
   def labels(self, name):
     return self.arrays[name].astype(np.int32)
@@ -205,8 +211,7 @@ def test_losses_and_gradients(golden):
       (loss, 'loss'), (metrics[f'{part}/mse'], 'mse'), (metrics[f'{part}/weight'], 'weight'),
     ):
       files.close(value, a[f'{pre}.{name}'].squeeze(), limit, f'{pre}.{name}')
-    grads = convert.to_official({**grads, 'pos_embed': golden.params['pos_embed']},
-                                golden.depth, golden.patch)
+    grads = golden.official({**grads, 'pos_embed': golden.params['pos_embed']})
     squares = [np.sum(np.square(g, dtype=np.float64))
                for key, g in grads.items() if 'pos_embed' not in key]
     files.close(np.sqrt(sum(squares)), a[f'{pre}.grad_norm'].squeeze(), limit, f'{pre}.grad_norm')
@@ -269,7 +274,7 @@ def test_three_training_steps(golden):
             metrics['consistency/mse'], metrics['consistency/weight'], loss, norm]
     np.testing.assert_allclose(ours, a[f'train.step{n}.scalars'], rtol=1e-4)
     for kind, tree in (('param', params), ('ema', ema)):
-      official = convert.to_official(step.merge(tree, fixed), golden.depth, golden.patch)
+      official = golden.official(step.merge(tree, fixed))
       for name in a.names(f'train.step{n}.{kind}.'):
         key = name.removeprefix(f'train.step{n}.{kind}.')
         limit = 1e-2 * train['lr']

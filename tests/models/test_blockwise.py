@@ -16,8 +16,8 @@ from tests import tiny
 SHAPE, CLASSES = (8, 8, 4), 10
 TINY = blockwise.Config(
   patch=2, width=32, heads=2, mlp_ratio=2.0, segments=3, segment_depth=2, feature_depth=2,
-  frn_depth=1, lora_width=8, rotary_theta=10000.0, feature_dim=12, projector_width=16, dtype='float32',
-  precision='highest', attention='xla', remat=False, unroll=1,
+  frn_depth=1, lora_width=8, rotary_theta=10000.0, feature_dim=12, projector_width=16,
+  dtype='float32', precision='highest', attention='xla', remat=False, unroll=1,
 )
 
 
