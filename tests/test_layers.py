@@ -50,7 +50,7 @@ ALLOWED = {
   'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
-    'fmzoo.evaluate', 'fmzoo.convert_weights'}),
+    'fmzoo.evaluate', 'fmzoo.convert_weights', 'fmzoo.bench'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

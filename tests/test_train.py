@@ -39,7 +39,7 @@ def test_a_segment_without_gradient_is_told(tmp_path, monkeypatch):
 
   def loss(params, *args):
     cut = jax.tree.map(
-      lambda leaf: leaf.at[1].set(jax.lax.stop_gradient(leaf[1])), params['segments']
+      lambda leaf: leaf.at[:, 1].set(jax.lax.stop_gradient(leaf[:, 1])), params['segments']
     )
     return recipe.method.loss({**params, 'segments': cut}, *args)
 

@@ -110,7 +110,7 @@ def test_each_segment_gets_its_gradient_from_its_own_rows(net):
 
   for segment in range(3):
     grads = jax.grad(loss_of_segment)(params, segment)['segments']
-    moved = [any(np.any(leaf[s]) for leaf in jax.tree.leaves(grads)) for s in range(3)]
+    moved = [any(np.any(leaf[:, s]) for leaf in jax.tree.leaves(grads)) for s in range(3)]
     assert moved == [s == segment for s in range(3)]
 
 

@@ -363,7 +363,7 @@ class Debug:
     h = linear(p['velocity_patches'], patches)
     self.check('x_embed', h)
     for i in range(self.config.segment_depth):
-      block = slice_of(p['segments'], 0, i)
+      block = slice_of(p['segments'], i, 0)
       modulation = linear(block['up'], linear(block['down'], z)) + shared
       self.check(f'vel0_block{i}_adaln_total', modulation)
       h = self.inside(f'vel0_block{i}', block['core'], h, modulation)

@@ -229,7 +229,7 @@ def test_initialisation_is_the_official_one():
 def test_every_block_of_every_segment_starts_differently():
   params = jax.jit(blockwise.make(TINY, SHAPE, CLASSES).init)(jax.random.key(0))
   kernels = params['segments']['blocks']['core']['attn']['qkv']['kernel']
-  assert kernels.shape == (3, 2, 32, 96)
+  assert kernels.shape == (2, 3, 32, 96)  # blocks, segments
   flat = np.asarray(kernels).reshape(6, -1)
   assert len(np.unique(flat[:, 0])) == 6
 
@@ -249,8 +249,39 @@ def test_velocity_runs_the_blocks_of_its_segment_only():
     value, grads = gradient(params['segments'], jnp.int32(index))
     values.append(float(value))
     for leaf in jax.tree.leaves(grads):
-      assert [bool(np.any(leaf[s])) for s in range(3)] == [s == index for s in range(3)]
+      assert [bool(np.any(leaf[:, s])) for s in range(3)] == [s == index for s in range(3)]
   assert len(set(values)) == 3
+
+
+def test_blocks_of_other_segments_are_not_even_copied():
+  """They are cut out of the stack inside the branch: the switch takes the whole stack."""
+  net, params = tiny_net()
+  x, t, labels = inputs(2)
+  c = jnp.zeros((2, 32))
+  jaxpr = jax.make_jaxpr(net.velocity)(params, x, c, jnp.zeros((2, 16, 32)), jnp.int32(0)).jaxpr
+  (switch,) = [equation for equation in jaxpr.eqns if equation.primitive.name == 'cond']
+  stacks = {leaf.shape for leaf in jax.tree.leaves(params['segments'])}
+  assert stacks <= {operand.aval.shape for operand in switch.invars}
+
+
+def test_rows_may_share_a_condition_and_an_image():
+  """Two images and their null halves: as if conditions and images were repeated."""
+  net, params = tiny_net()
+  net = net._replace(**{k: jax.jit(v) for k, v in net._asdict().items() if callable(v)})
+  x, t, labels = inputs(2)
+  c = net.condition(params, t[:1], jnp.append(labels, CLASSES))
+  rows = jnp.asarray([0, 1, 2, 2])
+  both, whole = jnp.tile(x, (2, 1, 1, 1)), c[rows]
+  f = net.features(params, both, whole)
+  np.testing.assert_allclose(net.features(params, x, c, rows), f, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    net.residual(params, x, c, rows), net.residual(params, both, whole), rtol=0, atol=1e-5
+  )
+  segment = jnp.int32(1)
+  np.testing.assert_allclose(
+    net.velocity(params, x, c, f, segment, rows),
+    net.velocity(params, both, whole, f, segment), rtol=0, atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize('changes,words', [
