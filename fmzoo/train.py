@@ -40,16 +40,11 @@ def train(recipe, workdir):
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
-    state, start = restore_or_init(recipe, mesh, checkpoints)
-    write_config(recipe, workdir)
     inputs, frozen = build.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
-    train_step = meshes.compile_step(
-      lambda axis_name: step.make(
-        method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
-        accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
-      ), mesh, recipe.mesh.mode,
-    )
+    train_step = compile_step(recipe, mesh, inputs, frozen, rows[0])
+    state, start = restore_or_init(recipe, mesh, checkpoints)
+    write_config(recipe, workdir)
     source = stack.enter_context(contextlib.closing(pipeline.batches(
       rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
       process_index=jax.process_index(), process_count=jax.process_count(),
@@ -73,25 +68,42 @@ def train(recipe, workdir):
   return state
 
 
+def compile_step(recipe, mesh, inputs, frozen, row):
+  """Returns the compiled train step of a recipe, for batches of rows like `row`."""
+  train_step = meshes.compile_step(
+    lambda axis_name: step.make(
+      recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
+      accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
+    ), mesh, recipe.mesh.mode,
+  )
+  batch = batches.abstract(row, recipe.data.batch_size, mesh, recipe.mesh.mode)
+  return meshes.compile_ahead(train_step, mesh, abstract_state(recipe, mesh), batch, frozen)
+
+
+def init_state(recipe, params=None):
+  """Returns the state before the first step; `params` default to fresh ones."""
+  return step.init_state(recipe.method, recipe.tx, jax.random.key(recipe.run.seed), params)
+
+
+def abstract_state(recipe, mesh):
+  """Returns the shapes of a recipe's state, replicated over the mesh."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)),
+    jax.eval_shape(lambda: init_state(recipe)),
+  )
+
+
 def restore_or_init(recipe, mesh, checkpoints):
   """Returns (state, finished steps): the newest good checkpoint, or step 0."""
-  replicated = meshes.replicated(mesh)
-
-  def init(params):
-    return step.init_state(recipe.method, recipe.tx, jax.random.key(recipe.run.seed), params)
-
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-    jax.eval_shape(init, None),
-  )
-  restored = checkpoints.restore(abstract)
+  restored = checkpoints.restore(abstract_state(recipe, mesh))
   if restored is not None:
     logging.info('goes on from the checkpoint of step %d', restored[1])
     return restored
   params = None
   if recipe.run.init_from:
     params = sample.initial_params(recipe, mesh, build.stage_identity(recipe))
-  return jax.jit(init, out_shardings=replicated)(params), 0
+  init = jax.jit(lambda params: init_state(recipe, params), out_shardings=meshes.replicated(mesh))
+  return init(params), 0
 
 
 def write_config(recipe, workdir):

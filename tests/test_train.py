@@ -81,10 +81,10 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
     return recipe.method.loss(*args)
 
   watched = dataclasses.replace(recipe, method=recipe.method._replace(loss=counted))
-  compile_step, log_hook = meshes.compile_step, train.Hooks.log
+  compile_ahead, log_hook = meshes.compile_ahead, train.Hooks.log
 
   def compile_opaque(*args):
-    run = compile_step(*args)
+    run = compile_ahead(*args)
 
     def train_step(state, batch, frozen):
       calls['step'] += 1
@@ -99,7 +99,7 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
     self.pending = [metrics.value for metrics in self.pending]
     log_hook(self, done)
 
-  monkeypatch.setattr(meshes, 'compile_step', compile_opaque)
+  monkeypatch.setattr(meshes, 'compile_ahead', compile_opaque)
   monkeypatch.setattr(train.Hooks, 'log', log)
   monkeypatch.setattr(
     checkpoint.Checkpoints, 'save', lambda self, done, state: calls.update(saved=done)

@@ -30,6 +30,14 @@ def to_devices(batch, mesh, mode):
   return jax.tree.map(put, batch)
 
 
+def abstract(row, batch_size, mesh, mode):
+  """Returns the shapes of what `to_devices` gives, for rows like `row`."""
+  lead = (batch_size,) if mode == 'jit' else (mesh.size, batch_size // mesh.size)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), row
+  )
+
+
 def ahead(batches, mesh, mode, depth=2):
   """Yields device batches, up to `depth` of them copied or under way at a time."""
   source = (to_devices(batch, mesh, mode) for batch in batches)

@@ -1,6 +1,9 @@
 """The device mesh, and the one place where a step is compiled over it."""
 
 import dataclasses
+import os
+import resource
+import sys
 
 import jax
 import numpy as np
@@ -93,3 +96,46 @@ def compile_step(make_step, mesh, mode):
     out_shardings=(whole, whole),
     donate_argnums=0,
   )
+
+
+def compile_ahead(function, mesh, *args):
+  """Compiles before anything is allocated, and refuses what the devices have no memory for.
+
+  Args:
+    function: jitted or pmapped.
+    mesh: its devices.
+    *args: of the function, arrays or jax.ShapeDtypeStruct.
+
+  Returns:
+    The compiled function.
+
+  Raises:
+    ValueError: says how much it needs and how much there is.
+  """
+  compiled = function.lower(*args).compile()
+  needed, free = compiled.memory_analysis(), _free_bytes(mesh)
+  if needed is None or free is None:
+    return compiled
+  kept = needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+  work = needed.temp_size_in_bytes
+  if kept + work > free:
+    raise ValueError(
+      f'a step needs {(kept + work) / 1e9:.1f} GB on each device (state and batch {kept / 1e9:.1f},'
+      f' work {work / 1e9:.1f}), {mesh.devices.flat[0].device_kind} has {free / 1e9:.1f} GB free;'
+      ' lower data.batch_size, set model.remat=True or raise optim.accumulate_steps, which shrink'
+      ' the work, or use a device with more memory'
+    )
+  return compiled
+
+
+def _free_bytes(mesh):
+  """Returns the memory a device has left, bytes; None where nobody can tell."""
+  stats = mesh.devices.flat[0].memory_stats()
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  if mesh.devices.flat[0].platform != 'cpu':
+    return None
+  unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return (physical - resident) // len(mesh.local_devices)

@@ -1,0 +1,39 @@
+"""Compilation before allocation: what the devices have no memory for is refused in one line."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fmzoo.parallel import mesh as meshes
+
+CONFIG = meshes.Config(data=1, mode='jit')
+
+
+def doubled(x):
+  return jnp.sin(x) @ jnp.cos(x)
+
+
+def test_what_fits_is_compiled():
+  compiled = meshes.compile_ahead(
+    jax.jit(doubled), meshes.make(CONFIG), jax.ShapeDtypeStruct((4, 4), 'float32')
+  )
+  assert compiled(jnp.zeros((4, 4))).shape == (4, 4)
+  with pytest.raises(TypeError):  # compiled once, for these shapes
+    compiled(jnp.zeros((5, 5)))
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+  """640,000 bytes in, as many out, and two for sine and cosine."""
+  monkeypatch.setattr(meshes, '_free_bytes', lambda mesh: 1_000_000)
+  with pytest.raises(ValueError, match='a step needs .* has 0.0 GB free; lower data.batch_size'):
+    meshes.compile_ahead(
+      jax.jit(doubled), meshes.make(CONFIG), jax.ShapeDtypeStruct((400, 400), 'float32')
+    )
+
+
+def test_free_memory_of_a_cpu_is_part_of_the_machine_s():
+  one, all_devices = (
+    meshes._free_bytes(meshes.make(meshes.Config(data=count, mode='jit'))) for count in (1, -1)
+  )
+  assert 0 < all_devices < one
+  assert abs(one / all_devices / jax.device_count() - 1) < 0.2
