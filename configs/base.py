@@ -63,7 +63,7 @@ def get():
   })
   config.log = ConfigDict({
     'log_every_steps': 100,
-    'preview_every_steps': 500,  # a grid of samples; 0 is never
+    'preview_every_steps': 500,  # a grid of samples, also at the end; 0 is never
     'checkpoint_every_steps': 1000,
     'keep_last': 2,  # newest checkpoints kept
     'keep_steps': (),  # steps whose checkpoints are kept for ever

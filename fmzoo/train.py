@@ -139,7 +139,7 @@ class Hooks:
       self.log(done)
     if last or due(done, log.checkpoint_every_steps):
       self.checkpoints.save(done, state)
-    if self.due(done, log.preview_every_steps):
+    if log.preview_every_steps and self.due(done, log.preview_every_steps):
       self.preview(done, state)
     if self.recipe.eval.name != 'none' and self.due(done, self.recipe.eval.every_steps):
       self.evaluate(done, state)
@@ -155,7 +155,7 @@ class Hooks:
     if done > self.recipe.run.steps:
       logging.warning('run.steps=%d are done, %d in all', self.recipe.run.steps, done)
       return
-    if not self.picture(done).exists():
+    if self.recipe.log.preview_every_steps and not self.picture(done).exists():
       self.preview(done, state)
     name = evaluation.result_name(self.recipe, done, 'ema')
     if self.recipe.eval.name != 'none' and not (self.workdir / 'evaluations' / name).exists():
