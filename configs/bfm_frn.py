@@ -5,7 +5,9 @@
 Starts from the averaged weights in runs/bfm_<size> (`--config.run.init_from` for another place,
 also one made by `convert`), trains and averages the FRN alone. Its checkpoints hold the whole
 network, so sampling needs this workdir only. `xl` is official (see configs/bfm_xl_frn.py), the FRN
-of S, B and L ours, not the paper's. FRN parameters: 5.3 M, 21.3 M, 56.7 M, 95.6 M.
+of S, B and L ours, not the paper's. FRN parameters: 5.3 M, 21.3 M, 56.7 M, 95.6 M. On several
+devices the official batch of 256 is no multiple of devices x 6 segments: take 240 or 288
+(`--config.data.batch_size=288`), or one device (`--config.mesh.data=1`).
 """
 
 from ml_collections import ConfigDict
@@ -30,4 +32,5 @@ def get_config(size):
   config.sample.num_steps = 8
   config.sample.sampler = 'ode_frn'
   config.log.keep_last = 5
+  config.log.keep_steps += tuple(range(1_200_000, 2_000_001, 200_000))
   return config

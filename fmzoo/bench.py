@@ -29,6 +29,28 @@ class Timing(NamedTuple):
     return 2 * self.gmac * self.batch / np.median(self.seconds)
 
 
+def bench(recipes, *, runs):
+  """Times the samplers of recipes and prints a table; the batch is the first one's.
+
+  Args:
+    recipes: of build.Recipe.
+    runs: timed runs of each, in turn.
+
+  Raises:
+    ValueError: if guidance acts in some steps only: what such a run costs cannot be counted.
+  """
+  for recipe in recipes:
+    guided = recipe.sample_options.get('guidance', 1.0) > 1
+    interval = tuple(recipe.sample_options.get('guidance_interval', (0.0, 1.0)))
+    if guided and interval != (0.0, 1.0):
+      raise ValueError(
+        f'sample.guidance_interval={interval} cannot be compared by its multiply-adds; use'
+        ' (0.0, 1.0)'
+      )
+  timings = samplers(recipes, batch=recipes[0].sample.batch_size, runs=runs)
+  print(*table(recipes, timings), sep='\n')
+
+
 def samplers(recipes, *, batch, runs):
   """Times samplers with fresh parameters, one after the other `runs` times.
 

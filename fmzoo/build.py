@@ -329,15 +329,15 @@ def optimizer(optim, steps):
 def stage_identity(recipe):
   """Returns what the run at run.init_from must have in common with this one.
 
-  That is the method of the stage before, or this one's, and all that decides how the two fit.
+  That is its network, less the residual network that a second stage adds, its data and how it cuts
+  time. Its method may be the stage before or this one.
   """
-  name = STAGES.get(recipe.method_name, recipe.method_name)
-  own = ('method.name', 'model.frn_depth', 'data.batch_size', 'run.seed')  # may differ
-  same = {
-    key: value for key, value in recipe.identity.items()
-    if key not in own and (not key.startswith('method.') or key in ('method.path', 'method.edges'))
+  shared = ('model.', 'data.', 'method.path', 'method.edges')
+  keys = sorted(key for key in recipe.identity if key.startswith(shared))
+  keys = ['model.name', *keys]  # first, since it says most where it differs
+  return {
+    key: recipe.identity[key] for key in keys if key not in ('model.frn_depth', 'data.batch_size')
   }
-  return {'method.name': name} | same
 
 
 def data_path(data):

@@ -224,12 +224,8 @@ class Checkpoints:
     abstract = _named(abstract_state)
 
     def select(step, leaves):
-      if {_item(name) for name in leaves} == {'params'} != {_item(name) for name in abstract}:
-        raise ValueError(
-          f'checkpoint {self._path(step)} holds parameters alone (converted weights), no training '
-          'to go on with; train in another --workdir with '
-          f'--config.run.init_from={os.path.dirname(self.directory)}'
-        )
+      if {_item(name) for name in abstract} != {'params'}:
+        self._expect_training(step, leaves)
       self._expect_same_leaves(step, leaves, abstract)
       return abstract
 
@@ -272,6 +268,26 @@ class Checkpoints:
 
     leaves, step, _ = self._newest_whole(steps if step is None else [step], select)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), step
+
+  def check_newest(self, *, to_go_on):
+    """Refuses the newest readable checkpoint if another kind of run wrote it, or if there is none.
+
+    Reads its record alone, not its arrays.
+
+    Args:
+      to_go_on: whether it must hold a whole state, and not parameters alone.
+    """
+    for step in reversed(self.steps()):
+      with contextlib.suppress(_Damaged):  # a restore says aloud what is wrong with it
+        meta = _agreed(lambda step=step: self._meta(step))
+        self._expect_same_run(step, meta)
+        if to_go_on:
+          self._expect_training(step, meta['leaves'])
+        return
+    if not self.steps():
+      raise ValueError(
+        f'no checkpoint in {self.directory}; train there first, or name another place.'
+      )
 
   def subtrees(self):
     """Names of the top-level subtrees of the parameters in the newest readable checkpoint."""
@@ -336,6 +352,15 @@ class Checkpoints:
           f'checkpoint {self._path(step)} was written by {key} {found.get(key)!r}, this config '
           f'asks for {expected!r}; choose another --workdir, or the config it was written with.'
         )
+
+  def _expect_training(self, step, leaves):
+    """Refuses a checkpoint of converted weights."""
+    if {_item(name) for name in leaves} == {'params'}:
+      raise ValueError(
+        f'checkpoint {self._path(step)} holds parameters alone (converted weights), no training to'
+        ' go on with; train in another --workdir with'
+        f' --config.run.init_from={os.path.dirname(self.directory)}'
+      )
 
   def _expect_same_leaves(self, step, leaves, abstract):
     """Compares before reading, since orbax casts to another dtype without a word."""

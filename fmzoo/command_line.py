@@ -71,8 +71,11 @@ def parse(argv):
   sys.path.insert(0, os.getcwd())  # recipes import configs.base
   recipe, argv = without_recipe(argv, 'config')
   against, argv = without_recipe(argv, 'against')
-  config = stored_config(argv) if recipe is None else recipe_config(recipe)
-  recipes = {'config': config} | ({'against': recipe_config(against)} if against else {})
+  recipes = {
+    'config': stored_config(argv) if recipe is None else recipe_config('config', recipe)
+  }
+  if against is not None:
+    recipes['against'] = recipe_config('against', against)
   values = flags.FlagValues()
   for name in ('workdir', 'samples', 'weights', 'export'):
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
@@ -90,7 +93,8 @@ def parse(argv):
   own = [name for names in COMMANDS.values() for name in names]
   given = {name for name in own if name in values and values[name].present}
   check_flags(command, given | recipes.keys() & {'against'})
-  return command, values.config, values.workdir or default_workdir(recipe), values
+  workdir = values.workdir or (default_workdir(recipe) if recipe is not None else '.')
+  return command, values.config, workdir, values
 
 
 def command_of(words):
@@ -139,12 +143,12 @@ def without_recipe(argv, name):
   return recipe, rest
 
 
-def recipe_config(recipe):
+def recipe_config(flag, recipe):
   """Returns the config of a recipe, FILE or FILE:ARG."""
   path, has_argument, argument = recipe.partition(':')
   if not (path.endswith('.py') and pathlib.Path(path).is_file()):
     raise ValueError(
-      f"--config={recipe}: there is no recipe '{path}'; fmzoo's are in configs/, such as"
+      f"--{flag}={recipe}: there is no recipe '{path}'; fmzoo's are in configs/, such as"
       ' configs/soflow_digits.py'
     )
   spec = importlib.util.spec_from_file_location('recipe', path)
@@ -153,7 +157,7 @@ def recipe_config(recipe):
     spec.loader.exec_module(module)
     return module.get_config(argument) if has_argument else module.get_config()
   except (AttributeError, ImportError, TypeError, ValueError) as error:
-    raise ValueError(f'--config={recipe} cannot be used: {error}') from error
+    raise ValueError(f'--{flag}={recipe} cannot be used: {error}') from error
 
 
 def expect_known_keys(flag, config, argv):

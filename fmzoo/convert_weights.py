@@ -26,20 +26,20 @@ class Weights(NamedTuple):
   params: Any
 
 
-def convert(recipe, workdir, at_step=None, weights=None, export=None):
+def convert(recipe, workdir, *, at_step=None, source=None, target=None):
   """Makes a workdir of official weights, or a file of official weights of a workdir.
 
   Args:
     recipe: build.Recipe.
     workdir: to make, or to take the checkpoint from.
     at_step: finished steps of the checkpoint to export; None is the newest.
-    weights: `.safetensors` file to import, or None.
-    export: `.safetensors` file to write, or None.
+    source: `.safetensors` file to import, or None.
+    target: `.safetensors` file to write, or None.
   """
-  if weights is not None:
-    import_weights(recipe, workdir, weights)
+  if source is not None:
+    import_weights(recipe, workdir, source)
   else:
-    export_weights(recipe, workdir, export, at_step)
+    export_weights(recipe, workdir, target, at_step)
 
 
 def import_weights(recipe, workdir, path):

@@ -43,15 +43,16 @@ def _evaluate(recipe, workdir, values):
 def _convert(recipe, workdir, values):
   from fmzoo import convert_weights
 
-  convert_weights.convert(recipe, workdir, values.step, values.weights, values.export)
+  convert_weights.convert(
+    recipe, workdir, at_step=values.step, source=values.weights, target=values.export
+  )
 
 
 def _bench(recipe, workdir, values):
   from fmzoo import bench, build
 
-  recipes = [recipe] + ([build.recipe(values.against)] if 'against' in values else [])
-  timings = bench.samplers(recipes, batch=recipe.sample.batch_size, runs=values.runs)
-  print(*bench.table(recipes, timings), sep='\n')
+  others = [build.recipe(values.against)] if 'against' in values else []
+  bench.bench([recipe, *others], runs=values.runs)
 
 
 COMMANDS = {

@@ -196,12 +196,24 @@ def initial_params(recipe, mesh, identity):
   fresh = jax.jit(recipe.method.init, out_shardings=meshes.replicated(mesh))(
     jax.random.key(recipe.run.seed)
   )
-  try:
-    with open_checkpoints(recipe, recipe.run.init_from, identity=identity) as checkpoints:
-      held = checkpoints.subtrees()
-      wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
-      params, done = checkpoints.restore_params(wanted, ema=True)
-  except ValueError as error:
-    raise ValueError(f'run.init_from={recipe.run.init_from}: {error}') from error
+  with open_stage(recipe, identity) as checkpoints:
+    held = checkpoints.subtrees()
+    wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
+    params, done = checkpoints.restore_params(wanted, ema=True)
   logging.info('parameters from step %d of %s', done, recipe.run.init_from)
   return {**fresh, **params}
+
+
+def open_stage(recipe, identity):
+  """Opens the checkpoints of run.init_from, whose run must have `identity` in common with this.
+
+  Raises:
+    ValueError: if there is none, or one of another kind.
+  """
+  checkpoints = open_checkpoints(recipe, recipe.run.init_from, identity=identity)
+  try:
+    checkpoints.check_newest(to_go_on=False)
+  except ValueError as error:
+    checkpoints.close()
+    raise ValueError(f'run.init_from={recipe.run.init_from}: {error}') from error
+  return checkpoints

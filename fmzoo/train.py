@@ -40,6 +40,7 @@ def train(recipe, workdir):
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
+    check_start(recipe, checkpoints)
     inputs, frozen = build.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
     train_step = compile_step(recipe, mesh, inputs, frozen, rows[0])
@@ -68,6 +69,14 @@ def train(recipe, workdir):
   return state
 
 
+def check_start(recipe, checkpoints):
+  """Refuses what the run cannot start from, before anything takes its time."""
+  if checkpoints.steps():
+    checkpoints.check_newest(to_go_on=True)
+  elif recipe.run.init_from:
+    sample.open_stage(recipe, build.stage_identity(recipe)).close()
+
+
 def compile_step(recipe, mesh, inputs, frozen, row):
   """Returns the compiled train step of a recipe, for batches of rows like `row`."""
   train_step = meshes.compile_step(
@@ -76,6 +85,8 @@ def compile_step(recipe, mesh, inputs, frozen, row):
       accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
     ), mesh, recipe.mesh.mode,
   )
+  if recipe.mesh.mode == 'pmap' and jax.process_count() > 1:
+    return train_step  # jax lowers it with arrays only, of each host's own rows
   batch = batches.abstract(row, recipe.data.batch_size, mesh, recipe.mesh.mode)
   return meshes.compile_ahead(train_step, mesh, abstract_state(recipe, mesh), batch, frozen)
 
@@ -168,7 +179,7 @@ class Hooks:
     """
     fetched = jax.device_get(self.pending)
     good = [m for m in fetched if not m['bad_steps']] or fetched
-    values = {name: float(np.mean([m[name] for m in good])) for name in fetched[0]}
+    values = {name: mean_of_numbers([m[name] for m in good]) for name in fetched[0]}
     values['bad_steps'] = sum(bool(m['bad_steps']) for m in fetched)
     seconds = time.time() - self.started
     values['steps_per_second'] = (done - self.since) / seconds
@@ -212,6 +223,12 @@ class Hooks:
       self.recipe, self.workdir, self.sampler, step.ema_params(state), done, weights='ema'
     )
     self.writer.scalars(done, {f'eval/{name}': value for name, value in values.items()})
+
+
+def mean_of_numbers(values):
+  """Returns the mean of what is not nan (a metric of rows that a step had none of), else nan."""
+  numbers = [value for value in values if not np.isnan(value)]
+  return float(np.mean(numbers)) if numbers else float('nan')
 
 
 def due(done, every_steps):

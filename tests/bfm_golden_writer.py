@@ -29,7 +29,7 @@ SECOND_CONFIG = {
   'dim_projection': 10,
   'projector_hidden': 12,
   'proj_loss_weight': 0.3,
-  'train_batch': 10,
+  'train_batch': 12,
   'small_batch': 3,
   'frn_batch': 6,
   'smp_steps': 2,

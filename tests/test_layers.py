@@ -10,7 +10,7 @@ STANDARD = {
   'ast', 'collections', 'contextlib', 'dataclasses', 'functools', 'hashlib', 'importlib', 'inspect',
   'io', 'itertools', 'json', 'math', 'os', 'pathlib', 'signal', 'struct', 'subprocess', 'sys',
   'tempfile', 'threading', 'time', 'typing', 'zlib', 'fractions', 're', 'abc', 'shutil', 'logging',
-  'warnings', 'zipfile', 'resource',
+  'warnings', 'zipfile',
 }
 # module prefix -> (packages from outside, modules of fmzoo) that it may import
 ALLOWED = {

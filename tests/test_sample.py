@@ -40,3 +40,18 @@ def test_random_labels_come_from_the_seed():
   first, again, other = (sample.choose_labels('random', 1000, 10, seed) for seed in (0, 0, 1))
   assert (first == again).all() and (first != other).any()
   assert set(first) == set(range(10))
+
+
+def test_guided_sampling_is_shared_by_the_devices():
+  """Each of four devices does a quarter of the work, the layers of conditions aside."""
+  def flops(devices):
+    recipe = tiny.recipe(
+      'bfm_frn', mesh__data=devices, sample__guidance=3.0, run__init_from='elsewhere'
+    )
+    mesh = meshes.make(recipe.mesh)
+    params = sample.abstract_params(recipe, mesh)
+    labels = jax.ShapeDtypeStruct((16,), 'int32')
+    compiled = sample.Sampler(recipe, mesh).run.lower(params, 0, 0, labels).compile()
+    return compiled.cost_analysis()['flops']
+
+  assert flops(4) < 0.35 * flops(1)

@@ -46,9 +46,20 @@ def blockwise_net(method='bfm_frn', **changes):
   """
   model = dict(config(method, **changes).model)
   del model['name']
-  made = blockwise.make(blockwise.Config(**model), (8, 8, 1), 10)
-  jitted = {name: jax.jit(part) for name, part in made._asdict().items() if callable(part)}
-  return made._replace(**jitted)
+  return jitted(blockwise.make(blockwise.Config(**model), (8, 8, 1), 10))
+
+
+def jitted(net):
+  """Jits the functions of a blockwise network; where a batch begins stays static if it is."""
+  parts = {name: jax.jit(part) for name, part in net._asdict().items() if callable(part)}
+
+  def velocity_by_row(params, x, c, f, first=0):
+    if isinstance(first, int):
+      return static(params, x, c, f, first)
+    return net.velocity_by_row(params, x, c, f, first)
+
+  static = jax.jit(net.velocity_by_row, static_argnums=4)
+  return net._replace(**{**parts, 'velocity_by_row': velocity_by_row})
 
 
 def batch(size, latent_shape=(8, 8, 1), feature=(16, 64), seed=0):

@@ -74,5 +74,9 @@ def save(path, tensors):
     safetensors.numpy.save_file(tensors, temporary, metadata={'format': 'pt'})  # as PyTorch's tools
     expect_absent(path)
     os.replace(temporary, path)
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f'{path} cannot be written ({error}); name a file in a folder with room and write access'
+    ) from error
   finally:
     temporary.unlink(missing_ok=True)

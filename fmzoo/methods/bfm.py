@@ -55,8 +55,8 @@ def segment_times(rng, edges, segment):
   return end + flow.uniform(rng) * (start - end)
 
 
-def draw_rows(config, edges, num_classes, batch, rng, step):
-  """Draws the random numbers of a batch: keys [B] -> Rows."""
+def draw_rows(config, edges, num_classes, batch, *, rng, step):
+  """Draws the random numbers of a batch: keys [B] -> Rows; `step` are finished steps."""
   rng_time, rng_noise, rng_drop = flow.split_rows(rng, 3)
   dropped = flow.draw_dropped(rng_drop, config.label_dropout)
   size, segments = rng.shape[0], len(edges) - 1
@@ -109,10 +109,10 @@ def loss_of_rows(config, net, params, rows):
 
 
 def segment_means(error, first, segments):
-  """Returns {'segment_<s>/mse': mean of the errors [B] of the rows of segment s, 0 without any}."""
+  """Returns {'segment_<s>/mse': mean of the errors [B] of segment s's rows, nan without any}."""
   own = jnp.arange(segments)[:, None] == segments_of(first, error.shape[0], segments)[None]
   sums = jnp.sum(jnp.where(own, error[None], 0.0), axis=1)
-  means = sums / jnp.maximum(jnp.sum(own, axis=1), 1)
+  means = sums / jnp.sum(own, axis=1)
   return {f'segment_{s}/mse': means[s] for s in range(segments)}
 
 
@@ -141,7 +141,7 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """See `loss_of_rows`; times, noise and dropped labels are drawn per row."""
-    rows = draw_rows(config, edges, num_classes, batch, rng, step)
+    rows = draw_rows(config, edges, num_classes, batch, rng=rng, step=step)
     return loss_of_rows(config, net, params, rows)
 
   return base.Method(

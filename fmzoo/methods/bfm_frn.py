@@ -73,7 +73,7 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """Mean over rows, tokens and channels of (f_hat - target)^2, see `approximate`."""
-    rows = bfm.draw_rows(config, edges, num_classes, batch, rng, step)
+    rows = bfm.draw_rows(config, edges, num_classes, batch, rng=rng, step=step)
     f_hat, target = approximate(config, net, params, rows)
     error = flow.row_mean((f_hat - target) ** 2)
     spread = jnp.mean((target - jnp.mean(target, axis=(0, 1), keepdims=True)) ** 2)

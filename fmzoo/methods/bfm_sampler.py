@@ -200,7 +200,6 @@ def make_calls(net, params, labels, null, *, guidance, guided):
     guided: numpy bools of all steps; only what some step needs is compiled.
   """
   size, ever = labels.shape[0], bool(guided.any())
-  halves = jnp.concatenate([jnp.arange(size), jnp.full(size, size)])  # which condition a row has
 
   def choose(flag, plain, both):
     if guided.all() or not ever:
@@ -216,13 +215,13 @@ def make_calls(net, params, labels, null, *, guidance, guided):
         f = network(params, x, c[:size])
         return jnp.pad(f, ((0, size if ever else 0), (0, 0), (0, 0)))
 
-      return choose(flag, plain, lambda: network(params, x, c, halves))
+      return choose(flag, plain, lambda: network(params, x, c))
 
     return call
 
   def velocity(x, c, f, segment, flag):
     def both():
-      v = net.velocity(params, x, c, f, segment, halves)
+      v = net.velocity(params, x, c, f, segment)
       return flow.guide(*jnp.split(v, 2), guidance)
 
     return choose(flag, lambda: net.velocity(params, x, c[:size], f[:size], segment), both)
@@ -249,7 +248,7 @@ def integrate(path, calls, edges, steps, x, *, sampler, noise_at):
 
   def advance(x, now, c, f):
     step, index = now
-    v = calls.velocity(x, c, f, step.segment, step.guided)
+    v = calls.velocity(x, c, f, segment_of(step.t, edges), step.guided)
     noise = jnp.where(step.noisy, noise_at(index), 0.0) if sampler == 'sde' else None
     return step_state(path, sampler, x, v, t=step.t, t_next=step.t_next, noise=noise)
 
@@ -308,7 +307,9 @@ def make(config, net, latent_shape, num_classes):
   def sample(
     params, rng, labels, *, num_steps, segment_steps, guidance, guidance_interval, sampler, sde_end
   ):
-    """Generates with S num_steps evaluations (one more with the official end of the SDE).
+    """Generates with S num_steps evaluations, or the sum of segment_steps.
+
+    The official end of the SDE takes one more.
 
     A guided evaluation is two passes in one batch; outside the interval it is one.
 

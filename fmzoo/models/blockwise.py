@@ -45,31 +45,34 @@ class Config:
 class Blockwise(NamedTuple):
   """The network as pure functions.
 
-  c [U, D] are conditions and f [R, N, D] feature tokens. `rows` [R] int32 tells which condition a
-  row has, so that rows that share one (the null half of a guided batch) share its layers, too; row
-  i then belongs to image i mod B. None is row i, image i, condition i.
+  x [B, H, W, C] are images, c conditions, f [R, N, D] feature tokens. With c [B, D] there is one
+  row an image, R = B. With c [B + 1, D] there are two, R = 2 B: the rows of a second half have
+  the same images and all of them the last condition (that of the null label, in guidance), whose
+  layers are then computed once, as the patch embeddings are.
   """
 
   segments: int  # S
   init: Callable  # (rng) -> params, float32
-  condition: Callable  # (params, t [U or 1], labels [U]) -> c
-  features: Callable  # (params, x [B, H, W, C], c, rows=None) -> f
+  condition: Callable  # (params, t [1 or like labels], labels) -> c
+  features: Callable  # (params, x, c) -> f
   project: Callable  # (params, f) -> [R, N, F], what aligns with the frozen encoder
-  residual: Callable  # (params, x, c, rows=None) -> [R, N, D], what the FRN adds to a segment's f
-  velocity: Callable  # (params, x, c, f, segment [], rows=None) -> [R, H, W, C], by lax.switch
+  residual: Callable  # (params, x, c) -> [R, N, D], what the FRN adds to a segment's first f
+  velocity: Callable  # (params, x, c, f, segment []) -> [R, H, W, C]; one block, by lax.switch
   velocity_by_row: Callable  # (params, x, c, f, first=0) -> like x; row i: segment first + i mod S
 
 
 def _spread(per_condition, rows):
-  """Hands conditions out to their rows: [U, W] -> [R, 1, W]."""
-  out = per_condition if rows is None else jnp.take(per_condition, rows, axis=0)
-  return out[:, None]
+  """Hands conditions out to `rows` rows, see `Blockwise`: [B or B + 1, W] -> [R, 1, W]."""
+  if per_condition.shape[0] != rows:  # no gather, which would gather sharded rows on every device
+    own, last = per_condition[:-1], per_condition[-1:]
+    per_condition = jnp.concatenate([own, jnp.broadcast_to(last, own.shape)])
+  return per_condition[:, None]
 
 
 class PairLinear(nn.Module):
   """A linear layer on the concatenation of a, the same for all tokens, and b: a W_a + b W_b + bias.
 
-  Args of the call: a [U, D], b [R, N, D], rows as in `Blockwise`. Returns [R, N, width].
+  Args of the call: a like c of `Blockwise`, b [R, N, D]. Returns [R, N, width].
   """
 
   width: int
@@ -77,7 +80,7 @@ class PairLinear(nn.Module):
   kernel_init: Callable = layers.xavier
 
   @nn.compact
-  def __call__(self, a, b, rows=None):
+  def __call__(self, a, b):
     split = a.shape[-1]
     kernel = self.param(
       'kernel', self.kernel_init, (split + b.shape[-1], self.width), jnp.float32
@@ -86,7 +89,8 @@ class PairLinear(nn.Module):
     a, b, kernel, bias = (array.astype(self.dtype) for array in (a, b, kernel, bias))
     per_condition = a @ kernel[:split] + bias[None]
     per_token = b.reshape(-1, b.shape[-1]) @ kernel[split:]
-    return _spread(per_condition, rows) + per_token.reshape(*b.shape[:-1], self.width)
+    per_token = per_token.reshape(*b.shape[:-1], self.width)
+    return _spread(per_condition, b.shape[0]) + per_token
 
 
 def _core(config):
@@ -102,10 +106,10 @@ class FeatureBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, shared, rows, rotary):
+  def __call__(self, x, active, shared, rotary):
     low = layers.dense(self.config.lora_width, name='down')(active)
     own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
-    return _core(self.config)(x, _spread(own + shared, rows), rotary), None
+    return _core(self.config)(x, _spread(own + shared, x.shape[0]), rotary), None
 
 
 class VelocityBlock(nn.Module):
@@ -114,8 +118,8 @@ class VelocityBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, active_feature, shared, rows, rotary):
-    low = PairLinear(self.config.lora_width, name='down')(active, active_feature, rows)
+  def __call__(self, x, active, active_feature, shared, rotary):
+    low = PairLinear(self.config.lora_width, name='down')(active, active_feature)
     own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
     return _core(self.config)(x, own + shared, rotary), None
 
@@ -126,9 +130,9 @@ class ResidualBlock(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x, active, rows, rotary):
+  def __call__(self, x, active, rotary):
     modulation = layers.dense(6 * self.config.width, name='modulation')(active)
-    return _core(self.config)(x, _spread(modulation, rows), rotary), None
+    return _core(self.config)(x, _spread(modulation, x.shape[0]), rotary), None
 
 
 class Stack(nn.Module):
@@ -160,10 +164,10 @@ class Final(nn.Module):
   channels: int
 
   @nn.compact
-  def __call__(self, x, active, active_feature, rows=None):
+  def __call__(self, x, active, active_feature):
     config = self.config
     modulation = PairLinear(2 * config.width, kernel_init=layers.zeros, name='modulation')
-    shift, scale = jnp.split(modulation(active, active_feature, rows), 2, axis=-1)
+    shift, scale = jnp.split(modulation(active, active_feature), 2, axis=-1)
     linear = layers.dense(
       config.patch**2 * self.channels, config.dtype, kernel_init=layers.zeros, name='linear'
     )
@@ -226,13 +230,13 @@ def _init(parts, config, latent_shape, rotary, rng):
     'labels': (jnp.zeros(1, jnp.int32),),
     'feature_patches': (patches,),
     'feature_shared': (c,),
-    'feature_blocks': (f, c, shared, None, rotary),
+    'feature_blocks': (f, c, shared, rotary),
     'projector': (f,),
     'velocity_patches': (patches,),
     'velocity_shared': (c, f),
-    'segments': (f, c, f, shared[:, None], None, rotary),
+    'segments': (f, c, f, shared[:, None], rotary),
     'final': (f, c, f),
-    'frn': (f, c, None, rotary),
+    'frn': (f, c, rotary),
   }
   keys = dict(zip(inputs, jax.random.split(rng, len(inputs))))
   if not config.frn_depth:
@@ -272,50 +276,50 @@ def make(config, latent_shape, num_classes):
     with jax.default_matmul_precision(config.precision):
       return getattr(parts, name).apply({'params': params[name]}, *args)
 
-  def embed(name, params, x, rows):
-    """Tokens [R, N, D] of images; guidance halves share the product."""
+  def embed(name, params, x, c):
+    """Tokens [R, N, D] of images."""
     shapes.expect_shape('x', x, None, *latent_shape)
     tokens = run(name, params, layers.patchify(x, config.patch)).astype(jnp.float32)
-    return tokens if rows is None else jnp.tile(tokens, (rows.shape[0] // x.shape[0], 1, 1))
+    return tokens if len(c) == len(x) else jnp.concatenate([tokens, tokens])
 
   def condition(params, t, labels):
     return run('time', params, t) + run('labels', params, labels)
 
-  def features(params, x, c, rows=None):
+  def features(params, x, c):
     active = nn.silu(c)
     shared = run('feature_shared', params, active).astype(jnp.float32)
-    tokens = embed('feature_patches', params, x, rows)
-    return run('feature_blocks', params, tokens, active, shared, rows, rotary)
+    tokens = embed('feature_patches', params, x, c)
+    return run('feature_blocks', params, tokens, active, shared, rotary)
 
   def project(params, f):
     return run('projector', params, f).astype(jnp.float32)
 
-  def residual(params, x, c, rows=None):
-    return run('frn', params, embed('feature_patches', params, x, rows), nn.silu(c), rows, rotary)
+  def residual(params, x, c):
+    return run('frn', params, embed('feature_patches', params, x, c), nn.silu(c), rotary)
 
-  def velocity_with(stack, params, x, c, f, rows=None):
+  def velocity_with(stack, params, x, c, f):
     """The velocity network around `stack`: (tokens, SiLU c, SiLU f, shared) -> tokens."""
-    tokens = embed('velocity_patches', params, x, rows)
+    tokens = embed('velocity_patches', params, x, c)
     active, active_feature = nn.silu(c), nn.silu(f)
-    shared = run('velocity_shared', params, active, active_feature, rows).astype(jnp.float32)
+    shared = run('velocity_shared', params, active, active_feature).astype(jnp.float32)
     tokens = stack(tokens, active, active_feature, shared)
-    out = run('final', params, tokens, active, active_feature, rows)
+    out = run('final', params, tokens, active, active_feature)
     return layers.unpatchify(out, config.patch, height, width)
 
-  def velocity(params, x, c, f, segment, rows=None):
+  def velocity(params, x, c, f, segment):
     def block(index, *args):
       # Cut out inside the branch: outside it, every call would copy the blocks of all segments.
       own = {'segments': jax.tree.map(lambda leaf: leaf[:, index], params['segments'])}
-      return run('segments', own, *args, rows, rotary)
+      return run('segments', own, *args, rotary)
 
     blocks = [functools.partial(block, index) for index in range(config.segments)]
     return velocity_with(
-      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f, rows
+      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f
     )
 
   def velocity_by_row(params, x, c, f, first=0):
     def block(own, *args):
-      return run('segments', {'segments': own}, *args, None, rotary)
+      return run('segments', {'segments': own}, *args, rotary)
 
     def stack(*args):
       groups = (_group(array, first, config.segments) for array in args)

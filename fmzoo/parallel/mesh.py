@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-import resource
-import sys
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fmzoo.parallel import hosts
 
 MODES = ('jit', 'pmap')
 
@@ -118,24 +118,28 @@ def compile_ahead(function, mesh, *args):
     return compiled
   kept = needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
   work = needed.temp_size_in_bytes
-  if kept + work > free:
+  if not hosts.all_agree(kept + work <= free):
+    remedy = (
+      'use devices with more memory' if kept > free else
+      'lower data.batch_size, raise optim.accumulate_steps or set model.remat=True, which shrink'
+      ' the work, or use devices with more memory'
+    )
     raise ValueError(
       f'a step needs {(kept + work) / 1e9:.1f} GB on each device (state and batch {kept / 1e9:.1f},'
-      f' work {work / 1e9:.1f}), {mesh.devices.flat[0].device_kind} has {free / 1e9:.1f} GB free;'
-      ' lower data.batch_size, set model.remat=True or raise optim.accumulate_steps, which shrink'
-      ' the work, or use a device with more memory'
+      f' work {work / 1e9:.1f}), {mesh.local_devices[0].device_kind} has {free / 1e9:.1f} GB free;'
+      f' {remedy}'
     )
   return compiled
 
 
 def _free_bytes(mesh):
-  """Returns the memory a device has left, bytes; None where nobody can tell."""
-  stats = mesh.devices.flat[0].memory_stats()
+  """Returns the memory a device of this host has left, bytes; None where nobody can tell."""
+  device = mesh.local_devices[0]
+  stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-  if mesh.devices.flat[0].platform != 'cpu':
+  if device.platform != 'cpu' or not os.path.exists('/proc/meminfo'):
     return None
-  unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
-  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return (physical - resident) // len(mesh.local_devices)
+  with open('/proc/meminfo', encoding='ascii') as lines:
+    kib = {line.split(':')[0]: int(line.split()[1]) for line in lines}
+  return kib['MemAvailable'] * 1024 // len(mesh.local_devices)

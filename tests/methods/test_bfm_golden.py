@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from fmzoo.convert import bfm as convert
 from fmzoo.methods import bfm, bfm_frn, bfm_sampler, flow
 from fmzoo.models import blockwise, layers
-from tests import bfm_golden_writer
+from tests import bfm_golden_writer, tiny
 from tests import golden_files as files
 
 FORWARD, GRADIENT, SAMPLER = 1e-5, 3e-5, 5e-5  # limits of the README there
@@ -37,8 +37,7 @@ class Golden:
     )
     shape = (c['context_size'], c['context_size'], c['in_channels'])
     net = blockwise.make(self.settings, shape, c['num_classes'])
-    parts = {name: jax.jit(part) for name, part in net._asdict().items() if callable(part)}
-    self.net = net._replace(**parts)  # eagerly every call would compile its scan anew
+    self.net = tiny.jitted(net)
     self.edges = bfm_sampler.segment_edges(self.segments)
     self.tensors = load_file(folder / 'weights.safetensors')
     self.params = convert.from_official(self.tensors, self.settings, shape, c['num_classes'])

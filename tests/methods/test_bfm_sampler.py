@@ -66,18 +66,17 @@ def test_cost_of_the_samplers(net):
   made, params = net
   x, t = jnp.zeros((2, 8, 8, 1)), jnp.zeros(1)
 
-  def evaluation(network, rows=None):
-    conditions = 2 if rows is None else 3
-    c, f = jnp.zeros((conditions, 32)), jnp.zeros((2 if rows is None else 4, 16, 32))
+  def evaluation(network, conditions=2):
+    c, f = jnp.zeros((conditions, 32)), jnp.zeros((2 if conditions == 2 else 4, 16, 32))
     labels = jnp.zeros(conditions, jnp.int32)
     return sum((
       cost.matmul_flops(made.condition, params, t, labels),
-      cost.matmul_flops(network, params, x, c, rows),
-      cost.matmul_flops(made.velocity, params, x, c, f, jnp.int32(0), rows),
+      cost.matmul_flops(network, params, x, c),
+      cost.matmul_flops(made.velocity, params, x, c, f, jnp.int32(0)),
     ))
 
   full, cached = evaluation(made.features), evaluation(made.residual)
-  guided = evaluation(made.features, jnp.asarray([0, 1, 2, 2]))
+  guided = evaluation(made.features, conditions=3)
   assert cached < full < guided < 2 * full
   assert sampled_flops(net) == 9 * full
   assert sampled_flops(net, num_steps=1) == 3 * full
@@ -179,10 +178,8 @@ def test_samplers_refuse_what_they_cannot_do(net, changes, word):
 def recording_net(calls):
   """Returns a network that does nothing but write down (part, rows, segment) of its calls."""
   def part(name):
-    def run(params, x, c, f=None, segment=-1, rows=None):
-      if name != 'velocity':
-        rows = f
-      size = x.shape[0] if rows is None else rows.shape[0]
+    def run(params, x, c, f=None, segment=-1):
+      size = x.shape[0] * (1 if c.shape[0] == x.shape[0] else 2)
       jax.debug.callback(
         lambda segment: calls.append((name, size, int(segment))), segment, ordered=True
       )

@@ -270,16 +270,15 @@ def test_rows_may_share_a_condition_and_an_image():
   net = net._replace(**{k: jax.jit(v) for k, v in net._asdict().items() if callable(v)})
   x, t, labels = inputs(2)
   c = net.condition(params, t[:1], jnp.append(labels, CLASSES))
-  rows = jnp.asarray([0, 1, 2, 2])
-  both, whole = jnp.tile(x, (2, 1, 1, 1)), c[rows]
+  both, whole = jnp.tile(x, (2, 1, 1, 1)), c[jnp.asarray([0, 1, 2, 2])]
   f = net.features(params, both, whole)
-  np.testing.assert_allclose(net.features(params, x, c, rows), f, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(net.features(params, x, c), f, rtol=0, atol=1e-5)
   np.testing.assert_allclose(
-    net.residual(params, x, c, rows), net.residual(params, both, whole), rtol=0, atol=1e-5
+    net.residual(params, x, c), net.residual(params, both, whole), rtol=0, atol=1e-5
   )
   segment = jnp.int32(1)
   np.testing.assert_allclose(
-    net.velocity(params, x, c, f, segment, rows),
+    net.velocity(params, x, c, f, segment),
     net.velocity(params, both, whole, f, segment), rtol=0, atol=1e-5,
   )
 

@@ -23,17 +23,17 @@ def test_what_fits_is_compiled():
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-  """640,000 bytes in, as many out, and two for sine and cosine."""
+  """640,000 bytes in and as many out."""
   monkeypatch.setattr(meshes, '_free_bytes', lambda mesh: 1_000_000)
-  with pytest.raises(ValueError, match='a step needs .* has 0.0 GB free; lower data.batch_size'):
+  with pytest.raises(ValueError, match='a step needs .* has 0.0 GB free; use devices'):
     meshes.compile_ahead(
       jax.jit(doubled), meshes.make(CONFIG), jax.ShapeDtypeStruct((400, 400), 'float32')
     )
 
 
-def test_free_memory_of_a_cpu_is_part_of_the_machine_s():
+def test_simulated_devices_share_the_memory_of_the_machine():
   one, all_devices = (
     meshes._free_bytes(meshes.make(meshes.Config(data=count, mode='jit'))) for count in (1, -1)
   )
   assert 0 < all_devices < one
-  assert abs(one / all_devices / jax.device_count() - 1) < 0.2
+  assert abs(one / all_devices / jax.device_count() - 1) < 0.5  # others use the machine, too
