@@ -55,7 +55,8 @@ def finished(tmp_path_factory):
 CASES = {
   'second stage of another method': (
     ('--config=configs/bfm_digits_frn.py', '--config.run.init_from={workdir}',
-     '--config.mesh.data=1', '--workdir={empty}/second'), ('run.init_from', 'model.name', 'dit', 'blockwise')),
+     '--config.mesh.data=1', '--workdir={empty}/second'),
+    ('run.init_from', 'model.name', 'dit', 'blockwise')),
   'unknown key': ((RECIPE, '--config.optim.lr=1'), ('lr',)),
   'unknown key of a stored recipe': (
     ('sample', '--workdir={workdir}', '--config.sample.num_step=4'), ('num_step',)),
