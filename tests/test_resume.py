@@ -113,7 +113,9 @@ def test_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
 
 def test_results_lost_with_the_last_process_are_made_up_for(tmp_path):
   """A run killed between its last save and its numbers owes them to the next start."""
-  recipe = tiny.recipe('fm', mesh__data=1, run__steps=2, eval__name='digits')
+  recipe = tiny.recipe(
+    'fm', mesh__data=1, run__steps=2, eval__name='digits', log__preview_every_steps=2
+  )
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setattr(train.Hooks, 'preview', lambda self, done, state: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fmzoo import checkpoint, evaluate, pictures, sample, step, train
@@ -33,23 +33,18 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     train.train(bad_at([1, 2]), tmp_path / 'stops')
 
 
-def test_a_segment_without_gradient_is_told(tmp_path, monkeypatch):
-  """Its name, once a log step from the second step on; the other segments are not named."""
-  recipe = tiny.recipe('bfm', mesh__data=1, run__steps=3, log__log_every_steps=1)
-
-  def loss(params, *args):
-    cut = jax.tree.map(
-      lambda leaf: leaf.at[:, 1].set(jax.lax.stop_gradient(leaf[:, 1])), params['segments']
-    )
-    return recipe.method.loss({**params, 'segments': cut}, *args)
-
+def test_a_part_without_gradient_is_told(tmp_path, monkeypatch):
+  """Its name, once a log step from the second step on; other parts are not named."""
+  recipe = tiny.recipe('fm', mesh__data=1, run__steps=3, log__log_every_steps=1)
+  method = recipe.method._replace(
+    grad_metrics=lambda grads: {'part_0/grad_norm': optax.tree.norm(grads), 'part_1/grad_norm': 0.0}
+  )
   warnings = []
   monkeypatch.setattr(train.logging, 'warning', lambda text, *args: warnings.append(text % args))
-  cut_recipe = dataclasses.replace(recipe, method=recipe.method._replace(loss=loss))
-  train.train(cut_recipe, tmp_path)
-  assert len(warnings) == 2 and all(line.endswith(': segment_1/grad_norm') for line in warnings)
+  train.train(dataclasses.replace(recipe, method=method), tmp_path)
+  assert len(warnings) == 2 and all(line.endswith(': part_1/grad_norm') for line in warnings)
   last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert last['segment_0/grad_norm'] > 0 and last['segment_1/grad_norm'] == 0
+  assert last['part_0/grad_norm'] == last['grad_norm'] > 0 == last['part_1/grad_norm']
 
 
 class Opaque:
