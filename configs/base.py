@@ -7,6 +7,25 @@ keys in `sample`, whose keys are the fields of the classes named beside them bel
 from ml_collections import ConfigDict
 
 
+def of_size(sizes, size):
+  """Returns the model keys of a recipe's size, `--config=FILE:SIZE`."""
+  if size not in sizes:
+    raise ValueError(f"size '{size}' is unknown; use one of {', '.join(sizes)}")
+  return sizes[size]
+
+
+def imagenet():
+  """Returns the sections of a recipe on ImageNet 256 x 256 latents, sampled for FID-50k."""
+  config = get()
+  config.data.update(
+    name='latents', latent_size=32, channels=4, num_classes=1000, latent_scale=0.18215
+  )
+  config.optim.learning_rate = 1e-4
+  config.sample.update(num_images=50_000, batch_size=256, labels='random')
+  config.log.update(preview_every_steps=5000, checkpoint_every_steps=10_000)
+  return config
+
+
 def get():
   """Returns the sections common to all recipes."""
   config = ConfigDict()

@@ -21,14 +21,9 @@ SIZES = {
 
 def get_config(size):
   """Returns the recipe of a size of SIZES."""
-  if size not in SIZES:
-    raise ValueError(f"size '{size}' is unknown; use one of {', '.join(SIZES)}")
-  config = base.get()
+  config = base.imagenet()
   config.run.steps = 1_167_600  # 1,400 epochs of 1,281,167 images
-  config.data.update(
-    name='latents', batch_size=1536, latent_size=32, channels=4, num_classes=1000,
-    latent_scale=0.18215,
-  )
+  config.data.batch_size = 1536
   config.model = ConfigDict({
     'name': 'blockwise',
     'patch': 2,
@@ -43,7 +38,7 @@ def get_config(size):
     'attention': 'xla',
     'remat': True,
     'unroll': 1,
-    **SIZES[size],
+    **base.of_size(SIZES, size),
   })
   config.method = ConfigDict({
     'name': 'bfm',
@@ -52,16 +47,13 @@ def get_config(size):
     'alignment_weight': 0.05,
     'label_dropout': 0.1,
   })
-  config.optim.learning_rate = 1e-4
   config.optim.clip_norm = 1.0
   config.ema.decay = 0.9999
-  config.sample.update(num_images=50_000, batch_size=256, labels='random', num_steps=41)
+  config.sample.num_steps = 41
   config.sample.segment_steps = ()
   config.sample.guidance = 4.0
   config.sample.guidance_interval = (0.0, 1.0)
   config.sample.sampler = 'sde'
   config.sample.sde_end = 'corrected'
-  config.log.preview_every_steps = 5000
-  config.log.checkpoint_every_steps = 10_000
   config.log.keep_steps = tuple(range(100_000, 1_000_001, 100_000))
   return config

@@ -21,14 +21,9 @@ SIZES = {
 
 def get_config(size):
   """Returns the recipe of a size of SIZES."""
-  if size not in SIZES:
-    raise ValueError(f"size '{size}' is unknown; use one of {', '.join(SIZES)}")
-  config = base.get()
+  config = base.imagenet()
   config.run.steps = 400_000
-  config.data.update(
-    name='latents', batch_size=256, latent_size=32, channels=4, num_classes=1000,
-    latent_scale=0.18215,
-  )
+  config.data.batch_size = 256
   config.model = ConfigDict({
     'name': 'dit',
     'patch': 2,
@@ -39,7 +34,7 @@ def get_config(size):
     'attention': 'xla',
     'remat': True,
     'unroll': 1,
-    **SIZES[size],
+    **base.of_size(SIZES, size),
   })
   config.method = ConfigDict({
     'name': 'fm',
@@ -48,12 +43,9 @@ def get_config(size):
     'time_std': 0.0,
     'label_dropout': 0.1,
   })
-  config.optim.learning_rate = 1e-4
   config.ema.decay = 0.9999
-  config.sample.update(num_images=50_000, batch_size=256, labels='random', num_steps=250)
+  config.sample.num_steps = 250
   config.sample.guidance = 1.5
   config.sample.solver = 'euler'
-  config.log.preview_every_steps = 5000
-  config.log.checkpoint_every_steps = 10_000
   config.log.keep_steps = (100_000, 200_000, 300_000)
   return config

@@ -83,7 +83,7 @@ def _seconds(call):
 
 def table(recipes, timings):
   """Returns the comparison as lines of a Markdown table: the first against each of the others."""
-  names = [f'{recipe.method_name}, width {recipe.config["model"]["width"]}' for recipe in recipes]
+  names = [f'{recipe.method_name}, width {recipe.network.width}' for recipe in recipes]
   lines = [
     f'Device: {jax.devices()[0].device_kind}; images in a batch: {timings[0].batch}',
     '',

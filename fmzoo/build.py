@@ -166,6 +166,7 @@ class Recipe:
   eval: Eval
   mesh: meshes.Config
   log: Log
+  network: Any  # Config of the network, of models/<model.name>.py
   method: base.Method
   method_name: str
   tx: Any  # optax transformation of the trainable leaves
@@ -184,7 +185,7 @@ def recipe(config):
       raise ValueError(f"section '{name}' is missing in this config; configs/base.py has them all")
   data, optim = _section(Data, config, 'data'), _section(Optim, config, 'optim')
   run = _section(Run, config, 'run')
-  method = _method(config, data, run)
+  network, method = _network_and_method(config, data, run)
   _check_data(config, data, method)
   options = _sample_options(config, method)
   return Recipe(
@@ -197,6 +198,7 @@ def recipe(config):
     eval=_section(Eval, config, 'eval'),
     mesh=_section(meshes.Config, config, 'mesh'),
     log=_section(Log, config, 'log'),
+    network=network,
     method=method,
     method_name=config.method.name,
     tx=optimizer(optim, run.steps),
@@ -236,8 +238,8 @@ def _check_value(dotted, value):
       raise ValueError(f'{dotted}={value} must be {expected}')
 
 
-def _method(config, data, run):
-  """Makes the network and the method around it."""
+def _network_and_method(config, data, run):
+  """Returns the network's Config and the method around the network."""
   _check_names(config, run)
   model = importlib.import_module(f'fmzoo.models.{config.model.name}')
   method = importlib.import_module(f'fmzoo.methods.{config.method.name}')
@@ -246,7 +248,7 @@ def _method(config, data, run):
     method.Config, config, 'method', drop=('name',), given={'total_steps': run.steps}
   )
   net = model.make(network, data.latent_shape, data.num_classes)
-  return method.make(settings, net, data.latent_shape, data.num_classes)
+  return network, method.make(settings, net, data.latent_shape, data.num_classes)
 
 
 def _check_names(config, run):
@@ -315,6 +317,7 @@ def _identity(config):
 def optimizer(optim, steps):
   """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and gradient clipping."""
   def rate(count):
+    """Returns the learning rate of update `count`."""
     warmup = jnp.minimum(1.0, (count + 1) / max(optim.warmup_steps, 1))
     done = jnp.clip((count - optim.warmup_steps) / max(steps - optim.warmup_steps, 1), 0.0, 1.0)
     decay = (1 + jnp.cos(jnp.pi * done)) / 2 if optim.schedule == 'cosine' else 1.0
@@ -354,17 +357,17 @@ def source(recipe):
   """
   from fmzoo.data import digits, latents, pipeline  # grain: an accelerator machine may lack it
 
-  data, model = recipe.data, recipe.config['model']
+  data, network = recipe.data, recipe.network
   aligned = 'feature' in recipe.method.inputs
   rows = (
     digits.DigitsSource() if data.name == 'digits'
     else latents.LatentSource(data_path(data), with_feature=aligned)
   )
-  tokens = (data.latent_size // model['patch']) ** 2
+  tokens = (data.latent_size // network.patch) ** 2
   pipeline.check_fit(
     rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
     latent_scale=data.latent_scale,
-    feature_shape=(tokens, model['feature_dim']) if aligned else None,
+    feature_shape=(tokens, network.feature_dim) if aligned else None,
   )
   if aligned and data.name != 'digits' and not rows.feature_shape:
     raise ValueError(

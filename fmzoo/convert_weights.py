@@ -1,6 +1,5 @@
 """Official weights to a checkpoint that every command takes, and back: the command `convert`."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -107,7 +106,7 @@ def read_official(path, recipe):
   with weights.opened(path) as tensors:
     try:
       leaves, structure = jax.tree.flatten(converter.from_official(
-        tensors, _network(recipe), recipe.data.latent_shape, recipe.data.num_classes
+        tensors, recipe.network, recipe.data.channels, _abstract(recipe)
       ))
     except names.Misfit as error:
       raise ValueError(f'{path}: {error}') from error
@@ -124,7 +123,7 @@ def write_official(path, params, recipe):
   Raises:
     ValueError: if there is such a file.
   """
-  tensors = _converter(recipe).to_official(params, _network(recipe), recipe.data.channels)
+  tensors = _converter(recipe).to_official(params, recipe.network, recipe.data.channels)
   weights.save(path, tensors)
   _log(path, len(tensors), params)
 
@@ -138,13 +137,6 @@ def _converter(recipe):
       f' of {known} can be'
     )
   return CONVERTERS[pair]
-
-
-def _network(recipe):
-  """Returns the Config of the recipe's network, which build has checked."""
-  values = dict(recipe.config['model'])
-  module = importlib.import_module(f'fmzoo.models.{values.pop("name")}')
-  return module.Config(**values)
 
 
 def _abstract(recipe):

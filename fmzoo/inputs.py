@@ -36,6 +36,7 @@ def make(latent_scale, encode=None):
   """
 
   def inputs(frozen, batch, rng):
+    """Returns the batch that the method's loss sees."""
     batch = dict(batch)
     if 'moments' in batch:
       moments = batch.pop('moments')

@@ -108,6 +108,7 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
   """
 
   def train_step(state, batch, frozen):
+    """Returns (state after one step, metrics)."""
     rng_inputs, rng_loss = jax.random.split(jax.random.fold_in(state.rng, state.step))
     size = jax.tree.leaves(batch)[0].shape[0]
     first_row = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size

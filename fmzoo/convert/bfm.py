@@ -5,10 +5,7 @@ The residual network (FRN) is in the weights of stage 2 only, and model.frn_dept
 
 import dataclasses
 
-import jax
-
 from fmzoo.convert import names
-from fmzoo.models import blockwise
 
 FRN_PREFIX = 'frn_blocks.'
 
@@ -22,7 +19,8 @@ def entries(config, channels):
   """
   patch = config.patch
 
-  def reorder(array, order):  # patch entries: official (C, P, P), ours (P, P, C), on the last axis
+  def reorder(array, order):
+    """Permutes the entries of a patch on the last axis: official (C, P, P), ours (P, P, C)."""
     shape = (channels, patch, patch) if order == (1, 2, 0) else (patch, patch, channels)
     lead = array.shape[:-1]
     array = array.reshape(*lead, *shape)
@@ -30,12 +28,15 @@ def entries(config, channels):
     return array.transpose(axes).reshape(*lead, -1)
 
   def ours(array):
+    """(C, P, P) to (P, P, C)."""
     return reorder(array, (1, 2, 0))
 
   def theirs(array):
+    """(P, P, C) to (C, P, P)."""
     return reorder(array, (2, 0, 1))
 
   def embedder(official, path):
+    """Returns the entries of a patch embedder."""
     return [
       names.Entry(
         f'{official}.proj.weight', (path, 'kernel'), (),
@@ -93,27 +94,23 @@ def _block(official, path, index, modulation):
   return found
 
 
-def from_official(tensors, config, latent_shape, num_classes):
+def from_official(tensors, config, channels, abstract):
   """Builds our tree; drops '_orig_mod.' anywhere in a key and a leading 'module.'.
 
   Args:
     tensors: {official key: array, or weights.Tensor}.
     config: models.blockwise.Config; with frn_depth=0 the tensors may have no FRN, else they must.
-    latent_shape: (H, W, C).
-    num_classes: the label table has one more row.
+    channels: C, of the latent.
+    abstract: our tree with a shape and dtype at every leaf.
 
   Returns:
-    Tree of numpy arrays, float32.
+    Tree of numpy arrays, see names.from_official, which also says what is refused.
 
   Raises:
-    names.Misfit: names every key that is missing or not expected and every tensor of another shape
-      or dtype.
+    names.Misfit: also if weights and network are of different stages.
   """
-  channels = latent_shape[-1]
   tensors = names.clean(tensors)
   _check_frn(tensors, config, channels)
-  net = blockwise.make(config, latent_shape, num_classes)
-  abstract = jax.eval_shape(net.init, jax.random.key(0))
   return names.from_official(entries(config, channels), tensors, abstract)
 
 

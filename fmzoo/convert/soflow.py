@@ -1,9 +1,6 @@
 """Official SoFlow DiT weights (github.com/zlab-princeton/SoFlow) to our tree and back."""
 
-import jax
-
 from fmzoo.convert import names
-from fmzoo.models import dit
 
 PREFIX = 'network.'
 
@@ -17,10 +14,12 @@ def entries(config, channels):
   """
   patch = config.patch
 
-  def conv_to_kernel(weight):  # [D, C, P, P] -> [P P C, D]
+  def conv_to_kernel(weight):
+    """[D, C, P, P] -> [P P C, D]."""
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
   def kernel_to_conv(kernel):
+    """[P P C, D] -> [D, C, P, P]."""
     return kernel.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
 
   found = [
@@ -49,28 +48,19 @@ def entries(config, channels):
   return found
 
 
-def from_official(tensors, config, latent_shape, num_classes):
+def from_official(tensors, config, channels, abstract):
   """Builds our tree; the keys may lack 'network.' and hold '_orig_mod.' or a leading 'module.'.
 
   Args:
     tensors: {official key: array, or weights.Tensor}.
     config: models.dit.Config.
-    latent_shape: (H, W, C).
-    num_classes: the label table has one more row.
+    channels: C, of the latent.
+    abstract: our tree with a shape and dtype at every leaf.
 
   Returns:
-    Tree of numpy arrays, float32.
-
-  Raises:
-    names.Misfit: names every key that is missing or not expected and every tensor of another shape
-      or dtype.
+    Tree of numpy arrays, see names.from_official, which also says what is refused.
   """
-  abstract = jax.eval_shape(
-    dit.make(config, latent_shape, num_classes).init, jax.random.key(0)
-  )
-  return names.from_official(
-    entries(config, latent_shape[-1]), names.clean(tensors, PREFIX), abstract
-  )
+  return names.from_official(entries(config, channels), names.clean(tensors, PREFIX), abstract)
 
 
 def to_official(params, config, channels):

@@ -74,6 +74,7 @@ def draw_rows(config, edges, num_classes, batch, *, rng, step):
 def cosine_similarity(a, b):
   """Returns the mean over tokens of the cosine between a and b: [B, N, F] twice -> [B], float32."""
   def normalise(x):
+    """Returns x / max(||x||, 1e-12) over the last axis."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 

@@ -84,10 +84,10 @@ def make(config, net, latent_shape, num_classes):
     }
 
   def trainable(params):
-    def all_leaves(tree, value):
-      return jax.tree.map(lambda _: value, tree)
-
-    return {name: all_leaves(tree, name == 'frn') for name, tree in params.items()}
+    """Returns True for the leaves of the residual network."""
+    return {
+      name: jax.tree.map(lambda _, name=name: name == 'frn', tree) for name, tree in params.items()
+    }
 
   return base.Method(
     net.init, loss, bfm_sampler.make(config, net, latent_shape, num_classes), trainable,

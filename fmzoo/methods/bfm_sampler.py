@@ -202,16 +202,23 @@ def make_calls(net, params, labels, null, *, guidance, guided):
   size, ever = labels.shape[0], bool(guided.any())
 
   def choose(flag, plain, both):
+    """Calls both() where guidance acts, else plain(); what no step needs is not compiled."""
     if guided.all() or not ever:
       return both() if ever else plain()
     return jax.lax.cond(flag, both, plain)
 
   def condition(t):
+    """Returns c of all labels at a time, [B, D], or [B + 1, D] with the null label."""
     return net.condition(params, t[None], jnp.append(labels, null) if ever else labels)
 
   def tokens(network):
+    """Wraps the feature network or the FRN: both halves, or one half and room for the other."""
+
     def call(x, c, flag):
+      """Returns [B, N, D] tokens, [2 B, N, D] if any step is guided."""
+
       def plain():
+        """Computes the conditional half."""
         f = network(params, x, c[:size])
         return jnp.pad(f, ((0, size if ever else 0), (0, 0), (0, 0)))
 
@@ -220,7 +227,10 @@ def make_calls(net, params, labels, null, *, guidance, guided):
     return call
 
   def velocity(x, c, f, segment, flag):
+    """Returns the velocity of the segment, guided where guidance acts: like x."""
+
     def both():
+      """Computes both halves in one batch."""
       v = net.velocity(params, x, c, f, segment)
       return flow.guide(*jnp.split(v, 2), guidance)
 
@@ -247,6 +257,7 @@ def integrate(path, calls, edges, steps, x, *, sampler, noise_at):
   indexed = (steps, np.arange(len(steps.t), dtype=np.int32))
 
   def advance(x, now, c, f):
+    """Takes the step `now` with given condition and features."""
     step, index = now
     v = calls.velocity(x, c, f, segment_of(step.t, edges), step.guided)
     noise = jnp.where(step.noisy, noise_at(index), 0.0) if sampler == 'sde' else None
@@ -258,6 +269,7 @@ def integrate(path, calls, edges, steps, x, *, sampler, noise_at):
     return x
 
   def full(x, now):
+    """Takes a step with the feature network."""
     c = calls.condition(now[0].t)
     return advance(x, now, c, calls.features(x, c, now[0].guided)), None
 
@@ -282,6 +294,7 @@ def _cached(calls, edges, advance, x, steps):
   """
 
   def segment(x, now):
+    """Runs the steps of one segment."""
     first, rest = (jax.tree.map(lambda a, part=part: a[part], now) for part in (0, slice(1, None)))
     t_start, t_end = (jnp.asarray(edges)[first[0].segment + i] for i in (0, 1))
     c = calls.condition(first[0].t)
@@ -290,6 +303,7 @@ def _cached(calls, edges, advance, x, steps):
     x = advance(x, first, c, f_start)
 
     def step(x, now):
+      """Takes a later step, with the FRN."""
       c = calls.condition(now[0].t)
       kappa = (t_start - now[0].t) / (t_start - t_end)
       f = f_start + kappa * calls.residual(x, c, now[0].guided)
@@ -340,6 +354,7 @@ def make(config, net, latent_shape, num_classes):
     x = flow.normal_like(rng_start, jnp.zeros((labels.shape[0], *latent_shape)))
 
     def noise_at(index):
+      """Returns the noise of a step, from a key of its own."""
       keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(rng_steps)
       return flow.normal_like(keys, x)
 

@@ -202,7 +202,46 @@ class _Parts(NamedTuple):
   frn: Any
 
 
+class _Network(NamedTuple):
+  """What the functions below need to know beside their arguments."""
+
+  config: Config
+  latent_shape: tuple  # (H, W, C)
+  rotary: tuple  # layers.rotary_table
+  parts: _Parts
+
+  def run(self, name, params, *args):
+    """Calls a part with its subtree of the parameters."""
+    with jax.default_matmul_precision(self.config.precision):
+      return getattr(self.parts, name).apply({'params': params[name]}, *args)
+
+
+def make(config, latent_shape, num_classes):
+  """Builds the pure functions of the blockwise network.
+
+  Args:
+    config: Config.
+    latent_shape: (H, W, C); H = W, a multiple of the patch.
+    num_classes: the label table has one more row, for the null label.
+
+  Returns:
+    Blockwise.
+
+  Raises:
+    ValueError: if a size does not divide.
+  """
+  _check(config, latent_shape)
+  rotary = layers.rotary_table(
+    latent_shape[0] // config.patch, config.width // config.heads, config.rotary_theta
+  )
+  parts = _parts(config, latent_shape[-1], num_classes)
+  network = _Network(config, latent_shape, rotary, parts)
+  functions = (_init, _condition, _features, _project, _residual, _velocity, _velocity_by_row)
+  return Blockwise(config.segments, *(functools.partial(f, network) for f in functions))
+
+
 def _parts(config, channels, num_classes):
+  """Returns the Linen modules of a network."""
   width, dtype = config.width, config.dtype
   return _Parts(
     time=layers.TimeEmbedding(width),
@@ -219,9 +258,9 @@ def _parts(config, channels, num_classes):
   )
 
 
-def _init(parts, config, latent_shape, rotary, rng):
+def _init(network, rng):
   """Returns the parameters of all parts, {part: tree}."""
-  height, width, channels = latent_shape
+  config, (height, width, channels), rotary, parts = network
   patches = jnp.zeros((1, height * width // config.patch**2, config.patch**2 * channels))
   c, f = jnp.zeros((1, config.width)), jnp.zeros((1, patches.shape[1], config.width))
   shared = jnp.zeros((1, 6 * config.width))
@@ -243,6 +282,7 @@ def _init(parts, config, latent_shape, rotary, rng):
     del inputs['frn']
 
   def init(name, key):
+    """Returns the parameters of one part."""
     return getattr(parts, name).init(key, *inputs[name])['params']
 
   params = {name: init(name, keys[name]) for name in inputs if name != 'segments'}
@@ -251,87 +291,77 @@ def _init(parts, config, latent_shape, rotary, rng):
   return params | {'segments': stacked}
 
 
-def make(config, latent_shape, num_classes):
-  """Builds the pure functions of the blockwise network.
+def _condition(network, params, t, labels):
+  """c = time embedding + label embedding, no activation: [B, D]."""
+  return network.run('time', params, t) + network.run('labels', params, labels)
 
-  Args:
-    config: Config.
-    latent_shape: (H, W, C); H = W, a multiple of the patch.
-    num_classes: the label table has one more row, for the null label.
 
-  Returns:
-    Blockwise.
+def _embed(network, name, params, x, c):
+  """Tokens [R, N, D] of images x."""
+  shapes.expect_shape('x', x, None, *network.latent_shape)
+  patches = layers.patchify(x, network.config.patch)
+  tokens = network.run(name, params, patches).astype(jnp.float32)
+  return tokens if len(c) == len(x) else jnp.concatenate([tokens, tokens])
 
-  Raises:
-    ValueError: if a size does not divide.
-  """
-  _check(config, latent_shape)
-  height, width, channels = latent_shape
-  rotary = layers.rotary_table(
-    height // config.patch, config.width // config.heads, config.rotary_theta
+
+def _features(network, params, x, c):
+  """The feature network: f [R, N, D], used raw."""
+  active = nn.silu(c)
+  shared = network.run('feature_shared', params, active).astype(jnp.float32)
+  tokens = _embed(network, 'feature_patches', params, x, c)
+  return network.run('feature_blocks', params, tokens, active, shared, network.rotary)
+
+
+def _project(network, params, f):
+  """The projector, of training only: [R, N, F] float32."""
+  return network.run('projector', params, f).astype(jnp.float32)
+
+
+def _residual(network, params, x, c):
+  """The end of the FRN's residual stream, which still holds the embedded image: [R, N, D]."""
+  tokens = _embed(network, 'feature_patches', params, x, c)
+  return network.run('frn', params, tokens, nn.silu(c), network.rotary)
+
+
+def _velocity(network, params, x, c, f, segment):
+  """The velocity by the blocks of one segment, chosen by `lax.switch`."""
+
+  def block(index, *args):
+    """Runs the blocks of segment `index`."""
+    # Cut out inside the branch: outside it, every call would copy the blocks of all segments.
+    own = {'segments': jax.tree.map(lambda leaf: leaf[:, index], params['segments'])}
+    return network.run('segments', own, *args, network.rotary)
+
+  blocks = [functools.partial(block, index) for index in range(network.config.segments)]
+  return _velocity_around(
+    network, lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c=c, f=f
   )
-  parts = _parts(config, channels, num_classes)
 
-  def run(name, params, *args):
-    with jax.default_matmul_precision(config.precision):
-      return getattr(parts, name).apply({'params': params[name]}, *args)
 
-  def embed(name, params, x, c):
-    """Tokens [R, N, D] of images."""
-    shapes.expect_shape('x', x, None, *latent_shape)
-    tokens = run(name, params, layers.patchify(x, config.patch)).astype(jnp.float32)
-    return tokens if len(c) == len(x) else jnp.concatenate([tokens, tokens])
+def _velocity_by_row(network, params, x, c, f, first=0):
+  """The velocity where row i is of segment first + i mod S; no row passes another's blocks."""
 
-  def condition(params, t, labels):
-    return run('time', params, t) + run('labels', params, labels)
+  def block(own, *args):
+    """Runs the blocks of one segment on its group of rows."""
+    return network.run('segments', {'segments': own}, *args, network.rotary)
 
-  def features(params, x, c):
-    active = nn.silu(c)
-    shared = run('feature_shared', params, active).astype(jnp.float32)
-    tokens = embed('feature_patches', params, x, c)
-    return run('feature_blocks', params, tokens, active, shared, rotary)
+  def stack(*args):
+    """Runs every group through its own blocks."""
+    groups = (_group(array, first, network.config.segments) for array in args)
+    out = jax.vmap(block, in_axes=(1, 0, 0, 0, 0))(params['segments'], *groups)
+    return _ungroup(out, first, x.shape[0])
 
-  def project(params, f):
-    return run('projector', params, f).astype(jnp.float32)
+  return _velocity_around(network, stack, params, x, c=c, f=f)
 
-  def residual(params, x, c):
-    return run('frn', params, embed('feature_patches', params, x, c), nn.silu(c), rotary)
 
-  def velocity_with(stack, params, x, c, f):
-    """The velocity network around `stack`: (tokens, SiLU c, SiLU f, shared) -> tokens."""
-    tokens = embed('velocity_patches', params, x, c)
-    active, active_feature = nn.silu(c), nn.silu(f)
-    shared = run('velocity_shared', params, active, active_feature).astype(jnp.float32)
-    tokens = stack(tokens, active, active_feature, shared)
-    out = run('final', params, tokens, active, active_feature)
-    return layers.unpatchify(out, config.patch, height, width)
-
-  def velocity(params, x, c, f, segment):
-    def block(index, *args):
-      # Cut out inside the branch: outside it, every call would copy the blocks of all segments.
-      own = {'segments': jax.tree.map(lambda leaf: leaf[:, index], params['segments'])}
-      return run('segments', own, *args, rotary)
-
-    blocks = [functools.partial(block, index) for index in range(config.segments)]
-    return velocity_with(
-      lambda *args: jax.lax.switch(segment, blocks, *args), params, x, c, f
-    )
-
-  def velocity_by_row(params, x, c, f, first=0):
-    def block(own, *args):
-      return run('segments', {'segments': own}, *args, rotary)
-
-    def stack(*args):
-      groups = (_group(array, first, config.segments) for array in args)
-      out = jax.vmap(block, in_axes=(1, 0, 0, 0, 0))(params['segments'], *groups)
-      return _ungroup(out, first, x.shape[0])
-
-    return velocity_with(stack, params, x, c, f)
-
-  return Blockwise(
-    config.segments, lambda rng: _init(parts, config, latent_shape, rotary, rng),
-    condition, features, project, residual, velocity, velocity_by_row,
-  )
+def _velocity_around(network, stack, params, x, *, c, f):
+  """The velocity network around `stack`: (tokens, SiLU c, SiLU f, shared) -> tokens."""
+  tokens = _embed(network, 'velocity_patches', params, x, c)
+  active, active_feature = nn.silu(c), nn.silu(f)
+  shared = network.run('velocity_shared', params, active, active_feature).astype(jnp.float32)
+  tokens = stack(tokens, active, active_feature, shared)
+  out = network.run('final', params, tokens, active, active_feature)
+  return layers.unpatchify(out, network.config.patch, *network.latent_shape[:2])
 
 
 def _group(rows, first, segments):

@@ -33,7 +33,9 @@ def tensors(params):
 
 
 def read(tensors, config=CONFIG):
-  return convert.from_official(tensors, config, SHAPE, CLASSES)
+  net = blockwise.make(config, SHAPE, CLASSES)
+  abstract = jax.eval_shape(net.init, jax.random.key(0))
+  return convert.from_official(tensors, config, CHANNELS, abstract)
 
 
 def assert_same(have, want):

@@ -22,14 +22,20 @@ CONFIG = dit.Config(
 @pytest.fixture(scope='module')
 def params():
   """Random leaves in the structure of a tiny DiT."""
-  net = dit.make(CONFIG, (SIDE, SIDE, CHANNELS), CLASSES)
-  shapes = jax.eval_shape(net.init, jax.random.key(0))
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+  return jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), abstract(CONFIG)
+  )
+
+
+def abstract(config, side=SIDE, channels=CHANNELS, classes=CLASSES):
+  """Returns the parameters of a DiT as shapes."""
+  net = dit.make(config, (side, side, channels), classes)
+  return jax.eval_shape(net.init, jax.random.key(0))
 
 
 def read(tensors):
-  return convert.from_official(tensors, CONFIG, (SIDE, SIDE, CHANNELS), CLASSES)
+  return convert.from_official(tensors, CONFIG, CHANNELS, abstract(CONFIG))
 
 
 def test_our_tree_comes_back_bit_equal(params):
@@ -47,8 +53,8 @@ def test_official_weights_come_back_bit_equal(golden_root):
   config = dataclasses.replace(
     CONFIG, patch=d['patch'], width=d['hidden'], depth=d['depth'], heads=d['heads']
   )
-  shape = (d['data_size'], d['data_size'], d['channels'])
-  params = convert.from_official(tensors, config, shape, d['num_classes'])
+  shapes = abstract(config, d['data_size'], d['channels'], d['num_classes'])
+  params = convert.from_official(tensors, config, d['channels'], shapes)
   back = convert.to_official(params, config, d['channels'])
   assert set(back) == set(tensors)
   for key, tensor in tensors.items():

@@ -40,7 +40,9 @@ class Golden:
     self.net = tiny.jitted(net)
     self.edges = bfm_sampler.segment_edges(self.segments)
     self.tensors = load_file(folder / 'weights.safetensors')
-    self.params = convert.from_official(self.tensors, self.settings, shape, c['num_classes'])
+    self.params = convert.from_official(
+      self.tensors, self.settings, c['in_channels'], jax.eval_shape(net.init, jax.random.key(0))
+    )
 
   def image(self, name):
     return files.channels_last(self.arrays[name])
@@ -326,11 +328,15 @@ class Debug:
     self.check('rep_x_embed', h)
     for i in range(self.config.feature_depth):
       block = slice_of(p['feature_blocks'], i)
-      modulation = linear(block['up'], linear(block['down'], active)) + shared
-      self.check(f'rep_block{i}_adaln_total', modulation)
+      modulation = self.modulation(f'rep_block{i}', block, active, shared)
       h = self.inside(f'rep_block{i}', block['core'], h, modulation[:few, None])
-      self.check(f'rep_block{i}_out', h)
     return h
+
+  def modulation(self, name, block, active, shared):
+    """The modulation of a block: its low-rank share and that of all."""
+    total = linear(block['up'], linear(block['down'], active)) + shared
+    self.check(f'{name}_adaln_total', total)
+    return total
 
   def inside(self, name, core, h, modulation):
     """One transformer block: queries, attention and MLP before their gates; returns its output."""
@@ -349,7 +355,9 @@ class Debug:
     x = layers.modulate(layers.layer_norm(h), shift2, scale2)
     branch = linear(core['mlp']['fc2'], jax.nn.gelu(linear(core['mlp']['fc1'], x)))
     self.check(f'{name}_mlp_out', branch)
-    return h + gate2 * branch
+    h = h + gate2 * branch
+    self.check(f'{name}_out', h)
+    return h
 
   def velocity(self, patches, c, f):
     """Everything after the features, by the definition: on the concatenation of c and f."""
@@ -363,10 +371,8 @@ class Debug:
     self.check('x_embed', h)
     for i in range(self.config.segment_depth):
       block = slice_of(p['segments'], i, 0)
-      modulation = linear(block['up'], linear(block['down'], z)) + shared
-      self.check(f'vel0_block{i}_adaln_total', modulation)
+      modulation = self.modulation(f'vel0_block{i}', block, z, shared)
       h = self.inside(f'vel0_block{i}', block['core'], h, modulation)
-      self.check(f'vel0_block{i}_out', h)
     shift, scale = jnp.split(linear(p['final']['modulation'], z), 2, axis=-1)
     out = linear(p['final']['linear'], layers.modulate(layers.layer_norm(h), shift, scale))
     self.check('final_tokens', self.in_official_order(out))

@@ -41,7 +41,8 @@ class Golden:
     self.net = dit.make(self.model, shape, self.classes)
     self.net = self.net._replace(apply=jax.jit(self.net.apply))
     self.params = convert.from_official(
-      load_file(folder / 'dit.safetensors'), self.model, shape, self.classes
+      load_file(folder / 'dit.safetensors'), self.model, d['channels'],
+      jax.eval_shape(self.net.init, jax.random.key(0)),
     )
 
   def image(self, name):
