@@ -340,16 +340,18 @@ def target_velocity(config, rows, v_null, v_own):
   return jax.lax.stop_gradient(jnp.where(flow.expand_as(rows.dropped, v_t), v_t, guided))
 
 
-def flow_loss(config, rows, out, v_null):
-  """Flow matching of rows whose network output is given.
+def flow_loss(config, net, params, rows, v_null):
+  """Flow matching of rows, one call with gradient.
 
   Args:
-    config: Config; rows: Rows.
-    out: NN(x_t, t, 0) [n, H, W, C], with gradient; v_null: as in `target_velocity`.
+    config: Config; net: models.layers.Network; params: tree; rows: Rows.
+    v_null: as in `target_velocity`.
 
   Returns:
     (sum of `velocity_terms` [], {metric: [n]}).
   """
+  x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
+  out = net.apply(params, x_t, rows.t, jnp.zeros_like(rows.t), rows.labels)
   v = velocity_scale(config.solution) * out
   terms, error, weight = velocity_terms(config, v, target_velocity(config, rows, v_null, v))
   # A guided row's target holds (1 - m) of the network itself, so its error is m times less.
@@ -358,12 +360,28 @@ def flow_loss(config, rows, out, v_null):
   return jnp.sum(terms), metrics
 
 
-def consistency_loss(config, net, params, rows, *, n_t, v_null, v_own):
-  """Consistency of rows whose network output is given; one more call at the middle time.
+def near_outputs(net, params, first, second):
+  """Runs the network at two near points of every row, so that their difference keeps its digits.
+
+  Args:
+    net: models.layers.Network; params: tree.
+    first, second: (x [n, H, W, C], t [n], duration [n], labels [n]) each.
+
+  Returns:
+    (network output at `first`, with gradient; at `second`, without): [n, H, W, C] each.
+  """
+  pairs = (jnp.stack(both, axis=1) for both in zip(first, second))
+  out = net.apply_pairs(params, *(both.reshape(-1, *both.shape[2:]) for both in pairs))
+  out = out.reshape(-1, 2, *out.shape[1:])
+  return out[:, 0], jax.lax.stop_gradient(out[:, 1])
+
+
+def consistency_loss(config, net, params, rows, *, v_null, v_own):
+  """Consistency of rows: two calls, of which the one at the middle time has no gradient.
 
   Args:
     config: Config; net: models.layers.Network; params: tree; rows: Rows.
-    n_t: NN(x_t, t, t - s) [n, H, W, C], with gradient; v_null, v_own: as in `target_velocity`.
+    v_null, v_own: as in `target_velocity`.
 
   Returns:
     (sum of `consistency_terms` [], {metric: [n]}).
@@ -372,7 +390,9 @@ def consistency_loss(config, net, params, rows, *, n_t, v_null, v_own):
   x_t = flow.interpolate(config.path, rows.x, rows.noise, t)
   velocity = target_velocity(config, rows, v_null, v_own)
   x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
-  n_mid = net.apply(jax.lax.stop_gradient(params), x_mid, t_mid, t_mid - s, rows.labels)
+  n_t, n_mid = near_outputs(
+    net, params, (x_t, t, t - s, rows.labels), (x_mid, t_mid, t_mid - s, rows.labels)
+  )
   quotient = difference_quotient(
     config, x_t, n_t=n_t, n_mid=n_mid, velocity=velocity, t=t, s=s, t_mid=t_mid
   )
@@ -386,8 +406,9 @@ def loss_of_rows(config, net, num_classes, params, rows):
     loss = (sum of velocity_terms over flow rows + sum of consistency_terms over the others) / B
 
   Rows that can share a forward pass do: without gradient the null velocities of all rows and the
-  network's own velocity of the consistency rows (1.25 B rows at the ratio 3/4); with gradient every
-  row once (B); without gradient the consistency rows at the middle time (B / 4).
+  network's own velocity of the consistency rows (1.25 B rows at the ratio 3/4); with gradient the
+  flow rows (3/4 B); the consistency rows at both their times in one more call (1/2 B), which is
+  computed in another way, see layers.product, and has gradient in half of its rows.
 
   Args:
     config: Config; net: models.layers.Network; num_classes: also the null label.
@@ -403,9 +424,6 @@ def loss_of_rows(config, net, num_classes, params, rows):
   labels = null if rows.labels is None else rows.labels
   # Without guidance the official code ignores the mask of dropped labels, too.
   rows = rows._replace(labels=jnp.where(rows.dropped, null, labels) if guided else labels)
-  x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
-  duration = jnp.where(is_consistency, rows.t - rows.s, 0.0)
-  n_t, out = split_batch(net.apply(params, x_t, rows.t, duration, rows.labels), ratio)
   null_consistency = null_flow = v_own = None
   if guided:
     v_null, v_own = free_velocities(config, net, num_classes, params, rows)
@@ -414,11 +432,11 @@ def loss_of_rows(config, net, num_classes, params, rows):
   of_consistency, of_flow = (Rows(*part) for part in zip(*split))
   total, metrics = 0.0, dict.fromkeys(METRICS, jnp.zeros(1))
   if not is_consistency.all():
-    value, found = flow_loss(config, of_flow, out, null_flow)
+    value, found = flow_loss(config, net, params, of_flow, null_flow)
     total, metrics = total + value, metrics | found
   if is_consistency.any():
     value, found = consistency_loss(
-      config, net, params, of_consistency, n_t=n_t, v_null=null_consistency, v_own=v_own
+      config, net, params, of_consistency, v_null=null_consistency, v_own=v_own
     )
     total, metrics = total + value, metrics | found
   return total / size, {name: jnp.mean(value) for name, value in metrics.items()}

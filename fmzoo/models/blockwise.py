@@ -69,7 +69,7 @@ def _spread(per_condition, rows):
   return per_condition[:, None]
 
 
-class PairLinear(nn.Module):
+class JointLinear(nn.Module):
   """A linear layer on the concatenation of a, the same for all tokens, and b: a W_a + b W_b + bias.
 
   Args of the call: a like c of `Blockwise`, b [R, N, D]. Returns [R, N, width].
@@ -93,10 +93,13 @@ class PairLinear(nn.Module):
     return _spread(per_condition, b.shape[0]) + per_token
 
 
+def _numerics(config):
+  return layers.Numerics(config.dtype, config.attention)
+
+
 def _core(config):
   return layers.TransformerBlock(
-    config.heads, config.mlp_ratio, config.dtype, qk_norm=True, attention=config.attention,
-    name='core',
+    config.heads, config.mlp_ratio, _numerics(config), qk_norm=True, name='core'
   )
 
 
@@ -107,8 +110,8 @@ class FeatureBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, active, shared, rotary):
-    low = layers.dense(self.config.lora_width, name='down')(active)
-    own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
+    low = layers.Linear(self.config.lora_width, name='down')(active)
+    own = layers.Linear(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
     return _core(self.config)(x, _spread(own + shared, x.shape[0]), rotary), None
 
 
@@ -119,8 +122,8 @@ class VelocityBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, active, active_feature, shared, rotary):
-    low = PairLinear(self.config.lora_width, name='down')(active, active_feature)
-    own = layers.dense(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
+    low = JointLinear(self.config.lora_width, name='down')(active, active_feature)
+    own = layers.Linear(6 * self.config.width, kernel_init=layers.zeros, name='up')(low)
     return _core(self.config)(x, own + shared, rotary), None
 
 
@@ -131,7 +134,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, active, rotary):
-    modulation = layers.dense(6 * self.config.width, name='modulation')(active)
+    modulation = layers.Linear(6 * self.config.width, name='modulation')(active)
     return _core(self.config)(x, _spread(modulation, x.shape[0]), rotary), None
 
 
@@ -166,10 +169,10 @@ class Final(nn.Module):
   @nn.compact
   def __call__(self, x, active, active_feature):
     config = self.config
-    modulation = PairLinear(2 * config.width, kernel_init=layers.zeros, name='modulation')
+    modulation = JointLinear(2 * config.width, kernel_init=layers.zeros, name='modulation')
     shift, scale = jnp.split(modulation(active, active_feature), 2, axis=-1)
-    linear = layers.dense(
-      config.patch**2 * self.channels, config.dtype, kernel_init=layers.zeros, name='linear'
+    linear = layers.Linear(
+      config.patch**2 * self.channels, _numerics(config), kernel_init=layers.zeros, name='linear'
     )
     return linear(layers.modulate(layers.layer_norm(x), shift, scale)).astype(jnp.float32)
 
@@ -181,9 +184,9 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(self, f):
-    h = nn.silu(layers.dense(self.config.projector_width, self.config.dtype, name='in')(f))
-    h = nn.silu(layers.dense(self.config.projector_width, self.config.dtype, name='mid')(h))
-    return layers.dense(self.config.feature_dim, self.config.dtype, name='out')(h)
+    h = nn.silu(layers.Linear(self.config.projector_width, _numerics(self.config), name='in')(f))
+    h = nn.silu(layers.Linear(self.config.projector_width, _numerics(self.config), name='mid')(h))
+    return layers.Linear(self.config.feature_dim, _numerics(self.config), name='out')(h)
 
 
 class _Parts(NamedTuple):
@@ -242,16 +245,16 @@ def make(config, latent_shape, num_classes):
 
 def _parts(config, channels, num_classes):
   """Returns the Linen modules of a network."""
-  width, dtype = config.width, config.dtype
+  width, numerics = config.width, _numerics(config)
   return _Parts(
     time=layers.TimeEmbedding(width),
     labels=layers.LabelEmbedding(num_classes, width),
-    feature_patches=layers.dense(width, dtype),
-    feature_shared=layers.dense(6 * width, dtype, kernel_init=layers.zeros),
+    feature_patches=layers.Linear(width, numerics),
+    feature_shared=layers.Linear(6 * width, numerics, kernel_init=layers.zeros),
     feature_blocks=Stack(FeatureBlock, config, config.feature_depth),
     projector=Projector(config),
-    velocity_patches=layers.dense(width, dtype),
-    velocity_shared=PairLinear(6 * width, dtype, kernel_init=layers.zeros),
+    velocity_patches=layers.Linear(width, numerics),
+    velocity_shared=JointLinear(6 * width, config.dtype, kernel_init=layers.zeros),
     segments=Stack(VelocityBlock, config, config.segment_depth),
     final=Final(config, channels),
     frn=Stack(ResidualBlock, config, config.frn_depth),

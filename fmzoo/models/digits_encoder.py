@@ -28,11 +28,11 @@ class DigitsEncoder(nn.Module):
   @nn.compact
   def __call__(self, images):
     """images [B, 8, 8, 1] in [-1, 1] -> (features [B, 16, F], logits [B, num_classes])."""
-    h = nn.gelu(layers.dense(WIDTH // 2, name='conv1')(neighbourhoods(images)))
-    h = nn.gelu(layers.dense(WIDTH, name='conv2')(neighbourhoods(h)[:, ::2, ::2]))
-    h = nn.gelu(layers.dense(WIDTH, name='conv3')(neighbourhoods(h)))  # [B, 4, 4, F]
+    h = nn.gelu(layers.Linear(WIDTH // 2, name='conv1')(neighbourhoods(images)))
+    h = nn.gelu(layers.Linear(WIDTH, name='conv2')(neighbourhoods(h)[:, ::2, ::2]))
+    h = nn.gelu(layers.Linear(WIDTH, name='conv3')(neighbourhoods(h)))  # [B, 4, 4, F]
     features = layers.layer_norm(h.reshape(h.shape[0], -1, WIDTH))
-    return features, layers.dense(self.num_classes, name='logits')(jnp.mean(features, axis=1))
+    return features, layers.Linear(self.num_classes, name='logits')(jnp.mean(features, axis=1))
 
 
 def init(rng, num_classes):

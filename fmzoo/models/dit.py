@@ -4,6 +4,7 @@ Source: Peebles and Xie, arXiv:2212.09748; SoFlow, arXiv:2512.15657 (duration em
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -35,14 +36,13 @@ class Block(nn.Module):
   """A transformer block modulated by the condition (adaLN-zero); body of the scan over depth."""
 
   config: Config
+  numerics: layers.Numerics
 
   @nn.compact
   def __call__(self, x, cond):
     config = self.config
-    modulation = layers.dense(6 * config.width, kernel_init=layers.zeros, name='modulation')
-    block = layers.TransformerBlock(
-      config.heads, config.mlp_ratio, config.dtype, attention=config.attention, name='core'
-    )
+    modulation = layers.Linear(6 * config.width, kernel_init=layers.zeros, name='modulation')
+    block = layers.TransformerBlock(config.heads, config.mlp_ratio, self.numerics, name='core')
     return block(x, modulation(nn.silu(cond))[:, None]), None
 
 
@@ -51,14 +51,16 @@ class DiT(nn.Module):
 
   config: Config
   num_classes: int
+  pairs: bool = False  # see layers.Network.apply_pairs
 
   @nn.compact
   def __call__(self, x, t, duration, labels):
     config = self.config
-    b, h, w, c = x.shape
-    tokens = layers.dense(config.width, config.dtype, name='patches')(
+    numerics = layers.Numerics(config.dtype, config.attention, self.pairs)
+    _, h, w, c = x.shape
+    tokens = layers.wide(layers.Linear(config.width, numerics, name='patches')(
       layers.patchify(x, config.patch)
-    ).astype(jnp.float32)  # [B, N, D]
+    ))  # [B, N, D]
     positions = self.param(
       'pos_embed', lambda _: jnp.asarray(layers.position_table(h // config.patch, config.width))
     )
@@ -78,13 +80,13 @@ class DiT(nn.Module):
       length=config.depth,
       unroll=config.unroll,
     )
-    tokens, _ = blocks(config, name='blocks')(tokens, cond)
-    modulation = layers.dense(2 * config.width, kernel_init=layers.zeros, name='final_modulation')
+    tokens, _ = blocks(config, numerics, name='blocks')(tokens, cond)
+    modulation = layers.Linear(2 * config.width, kernel_init=layers.zeros, name='final_modulation')
     shift, scale = jnp.split(modulation(nn.silu(cond))[:, None], 2, axis=-1)
-    out = layers.dense(
-      config.patch**2 * c, config.dtype, kernel_init=layers.zeros, name='final'
-    )(layers.modulate(layers.layer_norm(tokens), shift, scale))
-    return layers.unpatchify(out.astype(jnp.float32), config.patch, h, w)
+    out = layers.Linear(config.patch**2 * c, numerics, layers.zeros, name='final')(
+      layers.modulate(layers.layer_norm(tokens), shift, scale)
+    )
+    return layers.unpatchify(layers.wide(out), config.patch, h, w)
 
 
 def make(config, latent_shape, num_classes):
@@ -110,13 +112,14 @@ def make(config, latent_shape, num_classes):
     raise ValueError(
       f'model.width={config.width} must be a multiple of 4 and of model.heads={config.heads}'
     )
-  net = DiT(config, num_classes)
+  net, of_pairs = DiT(config, num_classes), DiT(config, num_classes, pairs=True)
 
   def init(rng):
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))
     return net.init(rng, x, t, t, jnp.zeros((1,), jnp.int32))['params']
 
-  def apply(params, x, t, duration, labels):
+  def apply(net, params, x, t, duration, labels):
+    """See layers.Network."""
     shapes.expect_shape('x', x, None, *latent_shape)
     shapes.expect_shape('t', t, x.shape[0])
     shapes.expect_shape('labels', labels, x.shape[0])
@@ -127,4 +130,6 @@ def make(config, latent_shape, num_classes):
     trained = jax.tree.map(lambda _: True, params)
     return {**trained, 'pos_embed': False}
 
-  return layers.Network(init, apply, trainable)
+  return layers.Network(
+    init, functools.partial(apply, net), trainable, functools.partial(apply, of_pairs)
+  )

@@ -1,11 +1,13 @@
 """Parts that the networks share: patches, embeddings, modulation, rotary, attention, MLP, block.
 
-Parameters are float32. `dtype` is the dtype of the large matrix products (attention, MLP, patches);
-norms, modulation, softmax, conditioning and the residual stream stay float32.
+Parameters are float32. `Numerics` says how the large matrix products (attention, MLP, patches) are
+computed; norms, modulation, softmax, conditioning and the residual stream stay float32, or float64
+where x64 is on and parameters and inputs are float64.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +24,17 @@ class Network(NamedTuple):
   init: Callable  # (rng) -> params, float32
   apply: Callable  # (params, x [B, H, W, C], t [B], duration [B] | None, labels [B]) -> like x
   trainable: Callable  # (params) -> tree of bool
+  # Like apply, where rows 2i and 2i + 1 are near points whose difference matters, see `product`;
+  # the second has no gradient. None for a network that no such method uses.
+  apply_pairs: Callable | None = None
+
+
+class Numerics(NamedTuple):
+  """How the large products of a network are computed."""
+
+  dtype: str = 'float32'  # what operands are rounded to, a key of PARTS or a dtype
+  attention: str = 'xla'  # or 'cudnn' (GPU and bfloat16 only); pairs are always 'xla'
+  pairs: bool = False  # rows 2i and 2i + 1 are near points whose difference matters; see `product`
 
 
 xavier = nn.initializers.xavier_uniform()
@@ -29,22 +42,97 @@ small_normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
 
 
-class Linear(nn.Dense):
-  """A linear layer that sees tokens as rows of one matrix.
+# float32 operands as sums of bfloat16 numbers: 2 parts need 3 products, 3 parts 6.
+PARTS = {'bfloat16_3x': 2, 'bfloat16_6x': 3}
 
-  XLA's CPU compiler turns a kernel gradient that sums over two axes into a slow transposition;
-  with one axis the whole backward pass of an MLP is 2.6 times faster. Elsewhere it costs nothing.
+
+def wide(x):
+  """Returns x in float32, or in float64 if it is."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def product(op, a, b, numerics, *, has_rows=False):
+  """Returns op(a, b), computed as `numerics` says.
+
+  In pairs the second rows are computed from the first, by what they differ in:
+
+    y_first = op(a_first, b),  y_second = y_first + op(a_second - a_first, b)
+
+  and, where b has rows of its own, + op(a_second, b_second - b_first). So both rows see the
+  same roundings of their operands, which cancel in y_second - y_first: that is accurate to the
+  rounding of the difference, however small it is, with bfloat16 operands too and, for a kernel b,
+  for the price of two plain products. No gradient flows through second rows.
+
+  Args:
+    op: (a, b, dtype of the result) -> bilinear function of a and b, row by row.
+    a: [R, ...].
+    b: a kernel, or rows like a.
+    numerics: Numerics.
+    has_rows: whether b has rows [R, ...].
+
+  Returns:
+    [R, ...]: float32 (or wider) in pairs and where operands have parts, else numerics.dtype.
   """
+  if not numerics.pairs:
+    return _rounded_product(op, a, b, numerics.dtype)
+  rounded = functools.partial(_rounded_product, op, dtype=numerics.dtype, out=wide(a).dtype)
+  (first, step), fixed = _pair(a), jax.lax.stop_gradient
+  b, b_step = _pair(b) if has_rows else (b, None)
+  y = rounded(first, b)
+  difference = rounded(step, fixed(b) if b_step is None else fixed(b) + b_step)
+  if b_step is not None:
+    difference += rounded(fixed(first), b_step)
+  y = jnp.stack([y, fixed(y) + difference], axis=1)
+  return y.reshape(-1, *y.shape[2:])
 
+
+def _pair(rows):
+  """Returns the first rows of pairs and, without gradient, second - first: [R / 2, ...] each."""
+  rows = rows.reshape(-1, 2, *rows.shape[1:])
+  return rows[:, 0], jax.lax.stop_gradient(rows[:, 1] - rows[:, 0])
+
+
+def _rounded_product(op, a, b, dtype, out=None):
+  """op(a, b) of rounded operands, or the sum of products of their parts, smallest first."""
+  if dtype not in PARTS:
+    return op(a.astype(dtype), b.astype(dtype), out or dtype)
+  parts = range(PARTS[dtype])
+  a, b = _parts(a, len(parts)), _parts(b, len(parts))
+  terms = [(i, j) for i in parts for j in parts if i + j < len(parts)]
+  return sum(op(a[i], b[j], jnp.float32) for i, j in sorted(terms, key=sum, reverse=True))
+
+
+def _parts(x, count):
+  """Returns bfloat16 arrays whose sum is x: each holds what the ones before it left."""
+  parts = []
+  for _ in range(count):
+    parts.append(x.astype(jnp.bfloat16))
+    x = x - parts[-1].astype(x.dtype)
+  return parts
+
+
+def _matmul(x, kernel, dtype):
+  """x [R, ..., I] times kernel [I, O]."""
+  # Tokens as rows of one matrix: XLA's CPU compiler turns a kernel gradient that sums over two axes
+  # into a slow transposition; with one axis an MLP's backward pass is 2.6 times faster.
+  rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+  return rows.reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Module):
+  """A linear layer, [R, ..., I] -> [R, ..., width]; without numerics as wide as its input."""
+
+  width: int
+  numerics: Numerics | None = None
+  kernel_init: Callable = xavier
+
+  @nn.compact
   def __call__(self, x):
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
-
-
-def dense(width, dtype=jnp.float32, kernel_init=xavier, name=None):
-  """Returns a linear layer with float32 parameters and a zero bias."""
-  return Linear(
-    width, dtype=dtype, param_dtype=jnp.float32, kernel_init=kernel_init, name=name
-  )
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.width), jnp.float32)
+    bias = self.param('bias', zeros, (self.width,), jnp.float32)
+    numerics = self.numerics or Numerics(str(jnp.promote_types(x.dtype, kernel.dtype)))
+    y = product(_matmul, x, kernel, numerics)
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def patchify(x, patch):
@@ -66,9 +154,9 @@ def sinusoid(t, width=FREQUENCIES):
 
   Source: official BFM and SoFlow. t in [0, 1] is not multiplied by 1000.
   """
-  half = width // 2
-  frequencies = jnp.exp(-np.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
-  angles = t[:, None].astype(jnp.float32) * frequencies[None, :]
+  half, t = width // 2, wide(t)
+  frequencies = jnp.exp(-np.log(10000.0) / half * jnp.arange(half, dtype=t.dtype))
+  angles = t[:, None] * frequencies[None, :]
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -80,8 +168,8 @@ class TimeEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, t):
-    h = dense(self.width, kernel_init=self.kernel_init, name='in')(sinusoid(t))
-    return dense(self.width, kernel_init=self.kernel_init, name='out')(nn.silu(h))
+    h = Linear(self.width, kernel_init=self.kernel_init, name='in')(sinusoid(t))
+    return Linear(self.width, kernel_init=self.kernel_init, name='out')(nn.silu(h))
 
 
 class LabelEmbedding(nn.Module):
@@ -136,7 +224,7 @@ def rotate(x, table):
 
 def layer_norm(x):
   """Normalises the last axis without learned scale or bias, in float32, biased variance."""
-  x = x.astype(jnp.float32)
+  x = wide(x)
   mean = jnp.mean(x, axis=-1, keepdims=True)
   centred = x - mean
   variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
@@ -149,68 +237,78 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * weight over the last axis, float32; rounded before the weight."""
+  """x / sqrt(mean(x^2) + eps) * weight over the last axis; rounded to `dtype` before the weight."""
 
-  dtype: Any = jnp.float32
+  dtype: str = 'float32'
 
   @nn.compact
   def __call__(self, x):
     weight = self.param('weight', nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
+    x = wide(x)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
-    return x.astype(self.dtype).astype(jnp.float32) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    return wide(x.astype(self.dtype)) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def attend(q, k, v, implementation='xla'):
+def attend(q, k, v, numerics):
   """Softmax attention softmax(q k^T / sqrt(E)) v: [B, N, A, E] each -> [B, N, A, E].
 
   Args:
     q: queries; k: keys; v: values.
-    implementation: 'xla' (softmax in float32), or 'cudnn' (GPU, bfloat16 only).
+    numerics: Numerics; the softmax is float32 (or wider).
 
   Returns:
     Array like v.
   """
-  if implementation == 'cudnn':
+  if numerics.attention == 'cudnn' and not numerics.pairs:
+    q, k, v = (array.astype(numerics.dtype) for array in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
-  logits = jnp.einsum('bqae,bkae->baqk', q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(logits / np.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
-  return jnp.einsum('baqk,bkae->bqae', weights, v)
+  logits = product(_query_key, q, k, numerics, has_rows=True)
+  weights = jax.nn.softmax(logits / np.sqrt(q.shape[-1]), axis=-1)
+  return product(_weight_value, weights, v, numerics, has_rows=True)
+
+
+def _query_key(q, k, dtype):
+  """[B, N, A, E] twice -> [B, A, N, N], in float32 at least: a softmax follows."""
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  return jnp.einsum('bqae,bkae->baqk', q, k, preferred_element_type=dtype)
+
+
+def _weight_value(weights, v, dtype):
+  """[B, A, N, N] and [B, N, A, E] -> [B, N, A, E]."""
+  return jnp.einsum('baqk,bkae->bqae', weights, v, preferred_element_type=dtype)
 
 
 class Attention(nn.Module):
   """Multi-head self-attention with one fused qkv product; output columns are [q | k | v]."""
 
   heads: int
-  dtype: Any
+  numerics: Numerics = Numerics()
   qk_norm: bool = False
-  implementation: str = 'xla'
 
   @nn.compact
   def __call__(self, x, rotary=None):
     b, n, width = x.shape
-    qkv = dense(3 * width, self.dtype, name='qkv')(x)
+    qkv = Linear(3 * width, self.numerics, name='qkv')(x)
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, width // self.heads), 2, 0)
     if self.qk_norm:
-      q = RMSNorm(self.dtype, name='q_norm')(q)
-      k = RMSNorm(self.dtype, name='k_norm')(k)
+      q = RMSNorm(self.numerics.dtype, name='q_norm')(q)
+      k = RMSNorm(self.numerics.dtype, name='k_norm')(k)
     if rotary is not None:
       q, k = rotate(q, rotary), rotate(k, rotary)
-    q, k = q.astype(self.dtype), k.astype(self.dtype)
-    out = attend(q, k, v, self.implementation).reshape(b, n, width)
-    return dense(width, self.dtype, name='proj')(out)
+    out = attend(q, k, v, self.numerics).reshape(b, n, width)
+    return Linear(width, self.numerics, name='proj')(out)
 
 
 class MLP(nn.Module):
   """Linear, GELU (tanh form), linear: [B, N, D] -> [B, N, D]."""
 
   hidden: int
-  dtype: Any
+  numerics: Numerics
 
   @nn.compact
   def __call__(self, x):
-    h = nn.gelu(dense(self.hidden, self.dtype, name='fc1')(x), approximate=True)
-    return dense(x.shape[-1], self.dtype, name='fc2')(h)
+    h = nn.gelu(Linear(self.hidden, self.numerics, name='fc1')(x), approximate=True)
+    return Linear(x.shape[-1], self.numerics, name='fc2')(h)
 
 
 class TransformerBlock(nn.Module):
@@ -224,15 +322,14 @@ class TransformerBlock(nn.Module):
 
   heads: int
   mlp_ratio: float
-  dtype: Any
+  numerics: Numerics = Numerics()
   qk_norm: bool = False
-  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, x, modulation, rotary=None):
     """x [B, N, D] float32, modulation [B, 1 or N, 6 D] float32 -> [B, N, D] float32."""
-    attention = Attention(self.heads, self.dtype, self.qk_norm, self.attention, name='attn')
-    mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
+    attention = Attention(self.heads, self.numerics, self.qk_norm, name='attn')
+    mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.numerics, name='mlp')
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
     x = x + gate1 * attention(modulate(layer_norm(x), shift1, scale1), rotary)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))

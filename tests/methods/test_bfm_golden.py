@@ -348,7 +348,7 @@ class Debug:
     q = layers.RMSNorm().apply({'params': attention['q_norm']}, q)
     self.check(f'{name}_q_after_norm', jnp.swapaxes(q, 1, 2))
     self.check(f'{name}_q_after_rope', jnp.swapaxes(layers.rotate(q, self.rotary), 1, 2))
-    attend = layers.Attention(heads, 'float32', qk_norm=True)
+    attend = layers.Attention(heads, qk_norm=True)
     branch = attend.apply({'params': attention}, x, self.rotary)
     self.check(f'{name}_attn_out', branch)
     h = h + gate1 * branch

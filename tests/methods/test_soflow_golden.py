@@ -39,7 +39,9 @@ class Golden:
     )
     shape = (d['data_size'], d['data_size'], d['channels'])
     self.net = dit.make(self.model, shape, self.classes)
-    self.net = self.net._replace(apply=jax.jit(self.net.apply))
+    self.net = self.net._replace(
+      apply=jax.jit(self.net.apply), apply_pairs=jax.jit(self.net.apply_pairs)
+    )
     self.params = convert.from_official(
       load_file(folder / 'dit.safetensors'), self.model, d['channels'],
       jax.eval_shape(self.net.init, jax.random.key(0)),
@@ -102,7 +104,7 @@ def test_debug_arrays(golden):
   d = golden.config['dit']
   width, heads = d['hidden'], d['heads']
   with jax.default_matmul_precision('highest'):
-    tokens = layers.dense(width).apply({'params': p['patches']}, layers.patchify(x, d['patch']))
+    tokens = layers.Linear(width).apply({'params': p['patches']}, layers.patchify(x, d['patch']))
     files.close(tokens, a['dit.dbg.patch_tokens'], NETWORK, 'patch_tokens')
     cond = layers.TimeEmbedding(width).apply({'params': p['time']}, t)
     cond += layers.TimeEmbedding(width).apply({'params': p['duration']}, t - s)
@@ -111,24 +113,24 @@ def test_debug_arrays(golden):
     h = tokens + p['pos_embed']
     for i in range(d['depth']):
       block = jax.tree.map(lambda leaf, i=i: leaf[i], p['blocks'])
-      modulation = layers.dense(6 * width).apply(
+      modulation = layers.Linear(6 * width).apply(
         {'params': block['modulation']}, jax.nn.silu(cond)
       )
       shift, scale = np.split(modulation[:, None], 6, axis=-1)[:2]
       if i == 0:
-        branch = layers.Attention(heads, 'float32').apply(
+        branch = layers.Attention(heads).apply(
           {'params': block['core']['attn']}, layers.modulate(layers.layer_norm(h), shift, scale)
         )
         files.close(branch, a['dit.dbg.block0_attn_out'], NETWORK, 'attention')
-      h = layers.TransformerBlock(heads, 4.0, 'float32').apply(
+      h = layers.TransformerBlock(heads, 4.0).apply(
         {'params': block['core']}, h, modulation[:, None]
       )
       files.close(h, a[f'dit.dbg.block{i}_out'], NETWORK, f'block {i}')
-    modulation = layers.dense(2 * width).apply(
+    modulation = layers.Linear(2 * width).apply(
       {'params': p['final_modulation']}, jax.nn.silu(cond)
     )
     shift, scale = np.split(modulation[:, None], 2, axis=-1)
-    out = layers.dense(p['final']['bias'].size).apply(
+    out = layers.Linear(p['final']['bias'].size).apply(
       {'params': p['final']}, layers.modulate(layers.layer_norm(h), shift, scale)
     )
     files.close(out, a['dit.dbg.final_tokens'], NETWORK, 'final tokens')

@@ -173,10 +173,10 @@ def test_split_linear_equals_the_linear_of_the_concatenation():
   """Condition first, feature second, as in the official weights."""
   keys = jax.random.split(jax.random.key(0), 3)
   a, b = jax.random.normal(keys[0], (2, 5)), jax.random.normal(keys[1], (2, 7, 6))
-  params = tiny.warm(blockwise.PairLinear(4).init(keys[2], a, b))
+  params = tiny.warm(blockwise.JointLinear(4).init(keys[2], a, b))
   joined = jnp.concatenate([jnp.broadcast_to(a[:, None], (2, 7, 5)), b], axis=-1)
   np.testing.assert_allclose(
-    blockwise.PairLinear(4).apply(params, a, b), layers.dense(4).apply(params, joined),
+    blockwise.JointLinear(4).apply(params, a, b), layers.Linear(4).apply(params, joined),
     rtol=0, atol=1e-5,
   )
 
@@ -186,7 +186,7 @@ def test_at_the_start_velocity_is_zero_and_features_are_the_patches():
   params = jax.jit(net.init)(jax.random.key(0))
   f, _, residual, v = outputs(net, params)
   assert not np.any(v)
-  embedded = layers.dense(TINY.width).apply(
+  embedded = layers.Linear(TINY.width).apply(
     {'params': params['feature_patches']}, layers.patchify(inputs()[0], TINY.patch)
   )
   np.testing.assert_allclose(f, embedded, rtol=0, atol=1e-5)
