@@ -47,10 +47,11 @@ def get():
   config.model = ConfigDict()  # models/dit.py Config or models/blockwise.py Config, and `name`
   config.method = ConfigDict()  # Config of methods/<name>.py, and `name`
   config.optim = ConfigDict({
+    'name': 'adamw',  # 'adamw' or 'radam', as PyTorch defines them
     'learning_rate': 1e-4,  # highest
     'warmup_steps': 0,  # linear, from 1 / warmup_steps of the highest
     'schedule': 'constant',  # after the warm-up: 'constant', or 'cosine' to 0 at run.steps
-    'b1': 0.9,  # AdamW
+    'b1': 0.9,
     'b2': 0.999,
     'eps': 1e-8,
     'weight_decay': 0.0,
@@ -60,6 +61,7 @@ def get():
   })
   config.ema = ConfigDict({
     'decay': 0.9999,  # per step
+    'every_steps': 1,  # updated at steps 0, n, 2 n, ... with decay^n
     'ramp': False,  # decay at most (1 + k) / (10 + k) at step k
   })
   config.sample = ConfigDict({

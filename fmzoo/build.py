@@ -12,10 +12,9 @@ import typing
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from fmzoo import inputs as device_inputs
+from fmzoo import optimizer
 from fmzoo.methods import base, flow
 from fmzoo.models import digits_encoder
 from fmzoo.parallel import mesh as meshes
@@ -35,6 +34,7 @@ CHOICES = {
   'model.precision': ('default', 'high', 'highest'),
   'model.attention': ('xla', 'cudnn'),
   'data.name': ('digits', 'latents'),  # sources in fmzoo/data/<name>.py
+  'optim.name': optimizer.NAMES,
   'optim.schedule': ('constant', 'cosine'),
   'sample.weights': ('ema', 'params'),
   'eval.name': ('none', 'digits'),
@@ -55,7 +55,7 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
   'optim.b2': (0, 1), 'optim.eps': (0, None), 'optim.weight_decay': (0, None),
   'optim.clip_norm': (0, None), 'optim.accumulate_steps': (1, None),
   'optim.max_bad_steps': (1, None),
-  'ema.decay': (0, 1),
+  'ema.decay': (0, 1), 'ema.every_steps': (1, None),
   'sample.num_images': (1, None), 'sample.batch_size': (1, None), 'sample.seed': (0, 2**32 - 1),
   'sample.num_steps': (1, None), 'sample.guidance': (0, None),
   'eval.num_images': (1, None), 'eval.every_steps': (0, None),
@@ -101,6 +101,7 @@ class Data:
 class Optim:
   """Section `optim`."""
 
+  name: str
   learning_rate: float
   warmup_steps: int
   schedule: str
@@ -118,6 +119,7 @@ class Ema:
   """Section `ema`."""
 
   decay: float
+  every_steps: int
   ramp: bool
 
 
@@ -201,7 +203,7 @@ def recipe(config):
     network=network,
     method=method,
     method_name=config.method.name,
-    tx=optimizer(optim, run.steps),
+    tx=optimizer.make(optim, run.steps),
     identity=_identity(config),
     config=config.to_dict(),
   )
@@ -312,21 +314,6 @@ def _identity(config):
     section, key = dotted.split('.')
     identity[dotted] = config[section][key]
   return {key: list(v) if isinstance(v, tuple) else v for key, v in identity.items()}
-
-
-def optimizer(optim, steps):
-  """Returns AdamW (as PyTorch has it) with linear warm-up, schedule and gradient clipping."""
-  def rate(count):
-    """Returns the learning rate of update `count`."""
-    warmup = jnp.minimum(1.0, (count + 1) / max(optim.warmup_steps, 1))
-    done = jnp.clip((count - optim.warmup_steps) / max(steps - optim.warmup_steps, 1), 0.0, 1.0)
-    decay = (1 + jnp.cos(jnp.pi * done)) / 2 if optim.schedule == 'cosine' else 1.0
-    return optim.learning_rate * warmup * decay
-
-  adam = optax.adamw(
-    rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
-  )
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adam) if optim.clip_norm else adam
 
 
 def stage_identity(recipe):

@@ -86,7 +86,10 @@ def _accumulated(value_and_grad, params, batch, rng, *, count, period):
   return jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, axis_name=None):
+def make(
+  method, tx, inputs, *,
+  ema_decay, ema_ramp=False, ema_every=1, accumulate_steps=1, axis_name=None,
+):
   """Builds the step.
 
     g = grad loss;  params <- params + tx(g);  ema <- ema + (1 - d)(params - ema)
@@ -99,6 +102,8 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
     inputs: (frozen, batch, rng [B]) -> batch, what is done on the device before the loss.
     ema_decay: d, per step.
     ema_ramp: d is at most (1 + k) / (10 + k) at step k, so that early averages are useful.
+    ema_every: n, the average moves at steps 0, n, 2 n, ... with d^n for d. Written as an increment
+      it is the float64 average rounded to float32, to one unit in the last place.
     accumulate_steps: micro-batches per step.
     axis_name: mapped axis inside pmap; None where the batch is the global one.
 
@@ -129,7 +134,9 @@ def make(method, tx, inputs, *, ema_decay, ema_ramp=False, accumulate_steps=1, a
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     k = state.step.astype(jnp.float32)
-    rate = jnp.maximum(1 - ema_decay, 9 / (10 + k)) if ema_ramp else 1 - ema_decay
+    rate = jnp.float32(1 - ema_decay**ema_every)
+    rate = jnp.maximum(rate, 9 / (10 + k)) if ema_ramp else rate
+    rate = jnp.where(state.step % ema_every == 0, rate, 0.0)
     ema = jax.tree.map(lambda average, new: average + rate * (new - average), state.ema, params)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     params, ema, opt_state = jax.tree.map(

@@ -82,6 +82,7 @@ def compile_step(recipe, mesh, inputs, frozen, row):
   train_step = meshes.compile_step(
     lambda axis_name: step.make(
       recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
+      ema_every=recipe.ema.every_steps,
       accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
     ), mesh, recipe.mesh.mode,
   )

@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import build, cost, encoders, inputs, step
+from fmzoo import cost, encoders, inputs, step
 from fmzoo.data import digits, latents, pipeline
 from fmzoo.methods import base
-from tests import tiny
 
 
 def test_moments_become_scaled_latents():
@@ -107,31 +106,3 @@ def test_flops_of_an_unbounded_loop_are_refused():
     cost.matmul_flops(
       lambda x: jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x @ x, x), jnp.ones((2, 2))
     )
-
-
-def test_schedule_warms_up_and_decays():
-  """The first update is 1 / warmup of the highest rate, the last nearly none."""
-  optim = tiny.recipe('fm').optim
-  optim = build.Optim(**{
-    **optim.__dict__, 'learning_rate': 1.0, 'warmup_steps': 10, 'schedule': 'cosine',
-    'weight_decay': 0.0, 'clip_norm': 0.0, 'eps': 1e-20,
-  })
-  tx = build.optimizer(optim, 100)
-  params = jnp.zeros(())
-  state, moves = tx.init(params), []
-  for _ in range(100):
-    update, state = tx.update(jnp.ones(()), state, params)
-    moves.append(-float(update))
-  np.testing.assert_allclose(moves[:10], np.arange(1, 11) / 10, rtol=1e-4)
-  assert moves[10] > 0.99 and moves[55] == pytest.approx(0.5, abs=0.02) and moves[99] < 1e-3
-
-
-def test_clipping_limits_the_gradient():
-  optim = tiny.recipe('bfm').optim
-  assert optim.clip_norm == 1.0
-  tx = build.optimizer(optim, 10)
-  params = {'w': jnp.zeros(4)}
-  for size, norm in ((1e6, 1.0), (0.25, 0.5)):
-    _, state = tx.update({'w': jnp.full(4, size)}, tx.init(params), params)
-    mean = optax.tree_utils.tree_get(state, 'mu')
-    np.testing.assert_allclose(optax.tree.norm(mean), (1 - optim.b1) * norm, rtol=1e-5)

@@ -34,10 +34,11 @@ ALLOWED = {
   'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.methods.flow'}),
   'fmzoo.step': ({'jax', 'optax'}, set()),
+  'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {'fmzoo.models.digits_encoder'}),
-  'fmzoo.build': ({'jax', 'optax'}, {
+  'fmzoo.build': ({'jax'}, {
     'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.data', 'fmzoo.methods', 'fmzoo.models',
-    'fmzoo.parallel'}),
+    'fmzoo.optimizer', 'fmzoo.parallel'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.pictures', 'fmzoo.writer',
     'fmzoo.parallel'}),

@@ -9,17 +9,18 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from fmzoo import build, inputs, pictures, step
+from fmzoo import inputs, optimizer, pictures, step
 from fmzoo.convert import soflow as convert
-from fmzoo.methods import base, flow, soflow
+from fmzoo.methods import flow, soflow
 from fmzoo.models import dit, layers
 from tests import golden_files as files
 from tests import tiny
+from tests.test_optimizer import averages
 
 NETWORK, LOSS, CONSISTENCY, MIN_GAP = 2e-5, 5e-5, 3e-4, 3e-3  # limits of the README there
 # Of the U-Net with its augmentation, optimiser and average, of image files and of pickled
 # checkpoints: no code for them here yet.
-LATER = ('unet.', 'uvel.', 'ucon.', 'aug.', 'opt.radam', 'ema.every16', 'crop.', 'ckpt.',
+LATER = ('unet.', 'uvel.', 'ucon.', 'aug.', 'crop.', 'ckpt.',
          'temb.unet')
 PATHS = {'Linear': 'linear', 'Trig': 'trig'}
 SOLUTIONS = {'Euler': 'euler', 'Trig': 'trig'}
@@ -301,42 +302,29 @@ def displacement_is(actual, expected, start):
   files.close(np.asarray(actual) - start, expected - start, 1e-4)
 
 
-def test_adamw(golden):
+@pytest.mark.parametrize('name', optimizer.NAMES)
+def test_optimizer(golden, name):
   """Twelve updates with given gradients, of scales at which eps matters."""
-  a, settings = golden.arrays, golden.config['opt']['adamw']
+  a, settings = golden.arrays, golden.config['opt'][name]
   optim = dataclasses.replace(
-    tiny.recipe('soflow').optim, learning_rate=settings['lr'], warmup_steps=0,
+    tiny.recipe('soflow').optim, name=name, learning_rate=settings['lr'], warmup_steps=0,
     schedule='constant', b1=settings['betas'][0], b2=settings['betas'][1],
   )
-  tx, params = build.optimizer(optim, 12), a['opt.p0']
+  tx, params = optimizer.make(optim, 12), a['opt.p0']
   state, trajectory = tx.init(params), []
   for grads in a['opt.grads']:
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
     trajectory.append(params)
-  displacement_is(trajectory, a['opt.adamw.traj'], a['opt.p0'])
+  displacement_is(trajectory, a[f'opt.{name}.traj'], a['opt.p0'])
 
 
-def test_ema_of_given_parameters(golden):
+@pytest.mark.parametrize('name,every', [('per_step', 1), ('every16', 16)])
+def test_ema_of_given_parameters(golden, name, every):
   """The step's average, under an optimiser that puts the recorded parameters in place."""
   a, decay = golden.arrays, golden.config['ema_decay_test']
-  targets = jnp.asarray(a['ema.params'])
-  tx = optax.GradientTransformation(
-    lambda params: jnp.zeros((), jnp.int32),
-    lambda grads, k, params: ({'w': targets[k] - params['w']}, k + 1),
-  )
-  method = base.Method(
-    lambda rng: {'w': jnp.asarray(a['ema.p0'])},
-    lambda params, batch, rng, k: (0 * jnp.sum(params['w']), {}),
-    None, lambda params: {'w': True}, (), 1,
-  )
-  state = step.init_state(method, tx, jax.random.key(0))
-  train_step = jax.jit(step.make(method, tx, inputs.make(1.0), ema_decay=decay))
-  averages = []
-  for _ in targets:
-    state, _ = train_step(state, {'latent': jnp.zeros((1, 1))}, ())
-    averages.append(state.ema['w'])
-  displacement_is(averages, a['ema.per_step'], a['ema.p0'])
+  found = averages(jnp.asarray(a['ema.params']), a['ema.p0'], ema_decay=decay, ema_every=every)
+  displacement_is(found, a[f'ema.{name}'], a['ema.p0'])
 
 
 def test_samplers(golden):
