@@ -35,7 +35,7 @@ def get():
     'init_from': '',  # workdir of another run to start the parameters from (its EMA); '' is none
   })
   config.data = ConfigDict({
-    'name': 'digits',  # 'digits' (in scikit-learn) or 'latents' (stored VAE moments)
+    'name': 'digits',  # 'digits' (in scikit-learn), 'cifar10' or 'latents' (stored VAE moments)
     'path': '',  # folder of the data; '' is $FMZOO_DATA_DIR or data/, then the name
     'batch_size': 128,  # global: over all devices and hosts
     'latent_size': 8,  # H = W of what is generated
@@ -43,6 +43,7 @@ def get():
     'num_classes': 10,  # labels are 0 .. num_classes - 1
     'latent_scale': 1.0,  # moments are multiplied by it; 0.18215 for Stable Diffusion's VAE
     'num_threads': 2,  # reading threads per host
+    'augment': 0.0,  # cifar10: probability to scale, stretch, shift (and flips); 0 does nothing
   })
   config.model = ConfigDict()  # models/dit.py Config or models/blockwise.py Config, and `name`
   config.method = ConfigDict()  # Config of methods/<name>.py, and `name`

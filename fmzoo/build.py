@@ -33,7 +33,7 @@ CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.precision': ('default', 'high', 'highest'),
   'model.attention': ('xla', 'cudnn'),
-  'data.name': ('digits', 'latents'),  # sources in fmzoo/data/<name>.py
+  'data.name': ('digits', 'cifar10', 'latents'),  # sources in fmzoo/data/<name>.py
   'optim.name': optimizer.NAMES,
   'optim.schedule': ('constant', 'cosine'),
   'sample.weights': ('ema', 'params'),
@@ -42,7 +42,7 @@ CHOICES = {
 LIMITS = {  # lowest and highest value that can work; None is no limit
   'run.seed': (0, 2**32 - 1), 'run.steps': (1, 2**31 - 1),
   'data.batch_size': (1, None), 'data.latent_size': (1, None), 'data.channels': (1, None),
-  'data.num_classes': (1, None), 'data.num_threads': (0, None),
+  'data.num_classes': (1, None), 'data.num_threads': (0, None), 'data.augment': (0, 1),
   'model.patch': (1, None), 'model.width': (1, None), 'model.depth': (1, None),
   'model.heads': (1, None), 'model.mlp_ratio': (0.01, None), 'model.unroll': (1, None),
   'model.segments': (1, None), 'model.segment_depth': (1, None), 'model.feature_depth': (1, None),
@@ -64,7 +64,10 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
 }
 SECTIONS = ('run', 'data', 'model', 'method', 'optim', 'ema', 'sample', 'eval', 'mesh', 'log')
 # What may change when a run goes on: everything but these keys, which decide what is learned.
-IDENTITY = ('data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size')
+IDENTITY = (
+  'data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size',
+  'data.augment',
+)
 # Fields of a model that are no part of what is learned.
 NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')
 
@@ -90,6 +93,7 @@ class Data:
   num_classes: int
   latent_scale: float
   num_threads: int
+  augment: float
 
   @property
   def latent_shape(self):
@@ -268,12 +272,17 @@ def _check_names(config, run):
 
 
 def _check_data(config, data, method):
-  """Refuses an evaluation or a frozen encoder that the data do not fit."""
+  """Refuses an evaluation, an augmentation or a frozen encoder that the data do not fit."""
   is_digits = data.latent_shape == (8, 8, 1) and data.num_classes == 10
   if config.eval.name == 'digits' and not is_digits:
     raise ValueError(
       f"eval.name='digits' measures 8x8 images of 10 classes, not {data.latent_shape} of"
       f' {data.num_classes}; use none'
+    )
+  if data.augment > 0 and (data.name, config.model.name) != ('cifar10', 'unet'):
+    raise ValueError(
+      f"data.augment={data.augment} needs data.name='cifar10' and model.name='unet', found"
+      f" '{data.name}' and '{config.model.name}'; use 0"
     )
   if 'feature' in method.inputs and data.name == 'digits':
     tokens = (data.latent_size // config.model.patch) ** 2
@@ -326,7 +335,8 @@ def stage_identity(recipe):
   keys = sorted(key for key in recipe.identity if key.startswith(shared))
   keys = ['model.name', *keys]  # first, since it says most where it differs
   return {
-    key: recipe.identity[key] for key in keys if key not in ('model.frn_depth', 'data.batch_size')
+    key: recipe.identity[key] for key in keys
+    if key not in ('model.frn_depth', 'data.batch_size', 'data.augment')
   }
 
 
@@ -342,15 +352,16 @@ def source(recipe):
   Raises:
     ValueError: if the data are missing or do not fit the recipe.
   """
-  from fmzoo.data import digits, latents, pipeline  # grain: an accelerator machine may lack it
+  from fmzoo.data import cifar10, digits, latents, pipeline  # grain: not on every accelerator
 
   data, network = recipe.data, recipe.network
   aligned = 'feature' in recipe.method.inputs
-  rows = (
-    digits.DigitsSource() if data.name == 'digits'
-    else latents.LatentSource(data_path(data), with_feature=aligned)
-  )
-  tokens = (data.latent_size // network.patch) ** 2
+  rows = {
+    'digits': digits.DigitsSource,
+    'cifar10': lambda: cifar10.Cifar10Source(data_path(data)),
+    'latents': lambda: latents.LatentSource(data_path(data), with_feature=aligned),
+  }[data.name]()
+  tokens = (data.latent_size // network.patch) ** 2 if aligned else 0
   pipeline.check_fit(
     rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
     latent_scale=data.latent_scale,
@@ -358,9 +369,9 @@ def source(recipe):
   )
   if aligned and data.name != 'digits' and not rows.feature_shape:
     raise ValueError(
-      f"{rows.name}: no features of a frozen encoder are stored with these latents, method"
-      f" '{recipe.method_name}' aligns with them; write the latents again with encoder and"
-      " feature_shape, as section 'Data' of README.md shows"
+      f"{rows.name}: no features of a frozen encoder are stored there, method"
+      f" '{recipe.method_name}' aligns with them; write latents with encoder and feature_shape,"
+      " as section 'Data' of README.md shows"
     )
   return rows
 
@@ -368,7 +379,7 @@ def source(recipe):
 def inputs(recipe, rows, workdir):
   """Returns (inputs, frozen): what the device does before the loss, and its frozen parameters."""
   if 'feature' not in recipe.method.inputs or rows.feature_shape:
-    return device_inputs.make(recipe.data.latent_scale), ()
+    return device_inputs.make(recipe.data.latent_scale, augment=recipe.data.augment), ()
   from fmzoo import encoders
 
   encode, frozen = encoders.digits(workdir, rows, recipe.data.num_classes, recipe.run.seed)

@@ -1,14 +1,17 @@
 """What the device does before the loss, the digits encoder, and the cost counter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from fmzoo import cost, encoders, inputs, step
+from fmzoo import augment, build, cost, encoders, inputs, step
 from fmzoo.data import digits, latents, pipeline
 from fmzoo.methods import base
+from tests import tiny
 
 
 def test_moments_become_scaled_latents():
@@ -28,6 +31,56 @@ def test_inputs_replace_moments_and_add_features():
   assert set(out) == {'latent', 'label', 'feature'}
   np.testing.assert_allclose(out['feature'], 10.0)
   assert 'moments' in batch, 'the caller keeps its batch'
+
+
+def some_pixels(size):
+  """Returns a batch of random pictures."""
+  pixels = np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), np.uint8)
+  return {'pixels': pixels, 'label': np.arange(size, dtype=np.int32)}
+
+
+def test_pixels_become_latents_in_range():
+  """255 steps from -1 to 1, both of them reached."""
+  values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+  out = inputs.make(1.0)((), {'pixels': values}, jax.random.split(jax.random.key(0), 1))
+  assert set(out) == {'latent'} and out['latent'].dtype == np.float32
+  np.testing.assert_allclose(
+    out['latent'].reshape(-1), np.linspace(-1, 1, 256), rtol=0, atol=1e-6
+  )
+  assert out['latent'].min() == -1 and out['latent'].max() == 1
+
+
+def test_pixels_are_augmented_with_the_probability_and_their_own_keys():
+  batch, keys = some_pixels(64), jax.random.split(jax.random.key(1), 64)
+  recipe = tiny.recipe('fm')
+  recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.25))
+  prepare, frozen = build.inputs(recipe, None, None)
+  out = jax.jit(prepare)(frozen, batch, keys)
+  assert set(out) == {'latent', 'label', 'augment'}
+  expected, labels = jax.jit(
+    lambda pixels: augment.augment(inputs.from_pixels(pixels), augment.draw(keys), 0.25)
+  )(batch['pixels'])
+  np.testing.assert_allclose(out['latent'], expected, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(out['augment'], labels, rtol=0, atol=1e-6)
+  assert 0.3 < np.mean(out['augment'][:, 0]) < 0.7  # flips
+  assert 0.1 < np.mean(out['augment'][:, 1] != 0) < 0.4  # scales
+
+
+@pytest.mark.parametrize('changes,message', [
+  ({}, "augment=0.5 needs data.name='cifar10' and model.name='unet', found 'digits' and 'dit'"),
+  ({'data__name': 'cifar10'}, "found 'cifar10' and 'dit'; use 0"),
+  ({'data__augment': 1.5}, 'data.augment=1.5 must be from 0 to 1'),
+])
+def test_augmentation_that_does_not_fit_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.recipe('fm', **{'data__augment': 0.5, **changes})
+
+
+def test_only_augmentation_may_differ_from_the_run_one_starts_from():
+  """Going on with a run under another augmentation is another run; starting from one is not."""
+  recipe = tiny.recipe('fm')
+  assert recipe.identity['data.augment'] == 0.0
+  assert 'data.augment' not in build.stage_identity(recipe)
 
 
 def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):
