@@ -72,6 +72,7 @@ def get():
     'seed': 0,  # image i depends on the seed and i alone
     'weights': 'ema',  # 'ema' or 'params'
     'png_folder': False,  # also one PNG per image
+    'vae': '',  # .safetensors of Stable Diffusion's VAE that decodes latents; '' leaves them so
     'num_steps': 1,  # network calls; per segment for BFM
   })
   config.eval = ConfigDict({

@@ -16,7 +16,7 @@ import jax
 from fmzoo import inputs as device_inputs
 from fmzoo import optimizer
 from fmzoo.methods import base, flow
-from fmzoo.models import digits_encoder
+from fmzoo.models import digits_encoder, vae
 from fmzoo.parallel import mesh as meshes
 
 METHODS = {  # fmzoo/methods/<name>.py, and what its network must be
@@ -137,6 +137,7 @@ class Sample:
   seed: int
   weights: str
   png_folder: bool
+  vae: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,7 @@ def recipe(config):
     data=data,
     optim=optim,
     ema=_section(Ema, config, 'ema'),
-    sample=_section(Sample, config, 'sample', drop=options),
+    sample=_sampling(config, data, options),
     sample_options=options,
     eval=_section(Eval, config, 'eval'),
     mesh=_section(meshes.Config, config, 'mesh'),
@@ -292,6 +293,17 @@ def _check_data(config, data, method):
         f' encoder of the digits has {digits_encoder.TOKENS} tokens of width'
         f' {digits_encoder.WIDTH}; use a patch of 2 and feature_dim={digits_encoder.WIDTH}'
       )
+
+
+def _sampling(config, data, options):
+  """Returns section `sample`; refuses a VAE where there are no latents of its kind."""
+  sampling, channels = _section(Sample, config, 'sample', drop=options), vae.SD_VAE.latent_channels
+  if sampling.vae and (data.name, data.channels) != ('latents', channels):
+    raise ValueError(
+      f"sample.vae='{sampling.vae}' decodes latents of {channels} channels, not"
+      f" data.name='{data.name}', data.channels={data.channels}; set sample.vae=''"
+    )
+  return sampling
 
 
 def _sample_options(config, method):

@@ -51,12 +51,18 @@ def viewable(x):
   """Turns what a model made into pictures: grey or RGB as they are, latents in false colours.
 
   Args:
-    x: [B, H, W, C] float, in [-1, 1] where C is 1 or 3.
+    x: [B, H, W, C] float, in [-1, 1] where C is 1 or 3; or what `pixels` made of it.
 
   Returns:
     [B, H, W, 1 or 3] uint8.
   """
-  return to_uint8(x) if x.shape[-1] in (1, 3) else false_colour(x)
+  x = pixels(x)
+  return x if x.dtype == np.uint8 else false_colour(x)
+
+
+def pixels(x):
+  """Turns grey or RGB images in [-1, 1] into uint8, a quarter of the memory; latents stay."""
+  return to_uint8(x) if x.shape[-1] in (1, 3) and x.dtype != np.uint8 else x
 
 
 def grid(images, columns, scale=None):
@@ -113,7 +119,7 @@ def save_npz(path, images, labels):
   if images.shape[-1] not in (1, 3):
     arrays = {'latents': np.asarray(images, np.float32)}
   else:
-    arrays = {'arr_0': images if images.dtype == np.uint8 else to_uint8(images)}
+    arrays = {'arr_0': pixels(images)}
   with _replacing(path) as file:
     np.savez(file, **arrays, labels=np.asarray(labels, np.int32))
 

@@ -1,4 +1,4 @@
-"""Checkpoint to images: labels, noise by image index, one compiled sampler."""
+"""Checkpoint to images: labels, noise by image index, one compiled sampler, one decoder."""
 
 import functools
 import math
@@ -11,10 +11,13 @@ import numpy as np
 from absl import logging
 
 from fmzoo import checkpoint, cost, pictures, writer
+from fmzoo.convert import vae as official_vae
+from fmzoo.models import vae
 from fmzoo.parallel import mesh as meshes
 
 PREVIEW_COLUMNS = 10
 PREVIEW_ROWS = 10
+DECODED_ROWS = 8  # latents a device decodes at a time: at 256 x 256, 0.5 GB for each large array
 NAME = 180  # longest description in a file name
 STREAM = zlib.crc32(b'sample')  # keeps images apart from training with the same seed
 
@@ -48,11 +51,52 @@ def choose_labels(labels, count, num_classes, seed):
   return np.resize(np.array(chosen, np.int32), count)
 
 
+class Decoder:
+  """A frozen VAE that turns the latents of a recipe into images, a few rows at a time.
+
+  Args:
+    recipe: build.Recipe; `sample.vae` names the weights.
+    mesh: devices that share the rows; each keeps a copy of the weights.
+
+  Raises:
+    ValueError: one line, if the weights cannot be read or are of another network.
+  """
+
+  def __init__(self, recipe, mesh):
+    try:
+      params = official_vae.load(recipe.sample.vae)
+    except ValueError as error:
+      raise ValueError(f'sample.vae: {error}') from error
+    whole, scale = meshes.replicated(mesh), recipe.data.latent_scale
+    decode = vae.make(vae.SD_VAE).decode
+    self.most = DECODED_ROWS * mesh.size
+    self.params = jax.device_put({'decoder': params['decoder']}, whole)
+    self.run = jax.jit(
+      lambda params, latents: decode(params, latents / scale),
+      in_shardings=(whole, meshes.rows_sharded(mesh)), out_shardings=whole,
+    )
+
+  def __call__(self, latents, rows):
+    """Returns images [n, H, W, 3] of latents [n, h, w, C], both float32 on the host.
+
+    Args:
+      latents: times data.latent_scale, as samplers make them.
+      rows: of a whole batch, a multiple of the devices; so many, or fewer, are decoded at a time.
+    """
+    rows, images = min(rows, self.most), []
+    for first in range(0, len(latents), rows):
+      part = latents[first : first + rows]
+      padded = np.resize(part, (rows, *part.shape[1:]))  # one shape, one compilation
+      images.append(np.asarray(self.run(self.params, padded))[: len(part)])
+    return np.concatenate(images)
+
+
 class Sampler:
   """The recipe's sampler compiled once; image i depends on its seed, i and its label alone."""
 
   def __init__(self, recipe, mesh):
     self.recipe, self.mesh = recipe, mesh
+    self.decode = Decoder(recipe, mesh) if recipe.sample.vae else None
     rows = meshes.rows_sharded(mesh)
     self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
     self.run = jax.jit(
@@ -64,20 +108,25 @@ class Sampler:
     )
 
   def __call__(self, params, labels, seed, progress=False):
-    """Returns images of labels [n] as float32 [n, H, W, C] on the host, batch by batch."""
+    """Returns images of labels [n] as float32 [n, H, W, C] on the host."""
+    return np.concatenate(list(self.batches(params, labels, seed, progress)))
+
+  def batches(self, params, labels, seed, progress=False):
+    """Yields images of labels [n] as float32 [<= batch, H, W, C] on the host.
+
+    Those are latents as the method made them, where data are latents and there is no VAE.
+    """
     size = min(self.recipe.sample.batch_size, len(labels))
     size = math.ceil(size / self.mesh.size) * self.mesh.size
-    images = []
     bar = writer.Progress(len(labels), 0, unit='image') if progress else None
     for first in range(0, len(labels), size):
       part = np.resize(labels[first : first + size], size)  # one shape, one compilation
       batch = np.asarray(self.run(params, seed, first, part))[: len(labels) - first]
-      images.append(batch)
+      yield batch if self.decode is None else self.decode(batch, size)
       if bar:
         bar.update(len(batch))
     if bar:
       bar.close()
-    return np.concatenate(images)
 
   def preview(self, params):
     """Returns a square of pictures, uint8 [n, H, W, 1 or 3]: one class a row, the noise fixed."""
@@ -149,7 +198,7 @@ def describe(recipe, **chosen):
 def sample(recipe, workdir, at_step=None):
   """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
 
-  The `.npz` is as `pictures.save_npz` says.
+  Latents are decoded if `sample.vae` is given, else written as they are: see `pictures.save_npz`.
 
   Args:
     recipe: build.Recipe.
@@ -164,16 +213,28 @@ def sample(recipe, workdir, at_step=None):
     settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
   )
   mesh = meshes.make(recipe.mesh)
+  sampler = Sampler(recipe, mesh)
   params, done = load_params(recipe, mesh, workdir, at_step)
-  images = Sampler(recipe, mesh)(params, labels, settings.seed, progress=True)
+  images = np.concatenate([
+    pictures.pixels(batch)
+    for batch in sampler.batches(params, labels, settings.seed, progress=True)
+  ])
   folder = pathlib.Path(workdir) / 'samples'
-  chosen = describe(recipe, weights=settings.weights, labels=settings.labels)
+  decoder = {'vae': settings.vae} if settings.vae else {}  # latents stay beside their images
+  chosen = describe(recipe, weights=settings.weights, labels=settings.labels, **decoder)
   name = f'step={done}_n={len(images)}_{chosen}'
   path = folder / f'{name}.npz'
   pictures.save_npz(path, images, labels)
   shown = pictures.viewable(images[: PREVIEW_ROWS * PREVIEW_COLUMNS])
   pictures.save_grid(folder / f'{name}.png', shown, PREVIEW_COLUMNS)
-  logging.info('%d images of step %d: %s and its grid, .png', len(images), done, path)
+  if images.dtype == np.uint8:
+    logging.info('%d images of step %d: %s and its grid, .png', len(images), done, path)
+  else:
+    logging.warning(
+      '%d latents of step %d, no images yet: %s (array latents, times data.latent_scale=%g) and'
+      ' its grid in false colours, .png; --config.sample.vae=FILE.safetensors decodes them',
+      len(images), done, path, recipe.data.latent_scale,
+    )
   if settings.png_folder:
     pictures.save_folder(folder / name, pictures.viewable(images))
     logging.info('one PNG each: %s', folder / name)

@@ -41,6 +41,7 @@ def train(recipe, workdir):
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
+    sampler = sample.Sampler(recipe, mesh)
     inputs, frozen = build.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
     train_step = compile_step(recipe, mesh, inputs, frozen, rows[0])
@@ -52,7 +53,7 @@ def train(recipe, workdir):
       num_threads=recipe.data.num_threads,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
-    hooks = stack.enter_context(Hooks(recipe, workdir, mesh, checkpoints, start))
+    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, start))
     hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
@@ -129,9 +130,9 @@ def write_config(recipe, workdir):
 class Hooks:
   """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
 
-  def __init__(self, recipe, workdir, mesh, checkpoints, start):
+  def __init__(self, recipe, workdir, sampler, checkpoints, start):
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
-    self.sampler = sample.Sampler(recipe, mesh)
+    self.sampler = sampler
     self.pending, self.started, self.since = [], time.time(), start
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
     self.progress = writer.Progress(recipe.run.steps, start)

@@ -41,6 +41,15 @@ def close(actual, expected, limit, name=''):
   return worst
 
 
+def close_by_rms(actual, expected, limit, name=''):
+  """Compares with the rms of the reference as the unit."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, f'{name}: {actual.shape} is not {expected.shape}'
+  worst = np.abs(actual - expected).max() / np.sqrt(np.mean(expected**2))
+  assert worst <= limit, f'{name}: {worst:.2e} of the rms, limit {limit:.0e}'
+  return worst
+
+
 def channels_last(x):
   """[..., C, H, W] -> [..., H, W, C]."""
   return np.moveaxis(x, -3, -1)

@@ -40,8 +40,8 @@ ALLOWED = {
     'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.data', 'fmzoo.methods', 'fmzoo.models',
     'fmzoo.optimizer', 'fmzoo.parallel'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.pictures', 'fmzoo.writer',
-    'fmzoo.parallel'}),
+    'fmzoo.checkpoint', 'fmzoo.convert.vae', 'fmzoo.cost', 'fmzoo.models.vae', 'fmzoo.pictures',
+    'fmzoo.writer', 'fmzoo.parallel'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {

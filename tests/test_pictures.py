@@ -60,6 +60,14 @@ def test_viewable_keeps_pictures_and_colours_latents():
   np.testing.assert_array_equal(pictures.viewable(x), pictures.false_colour(x))
 
 
+def test_pixels_are_made_once_and_latents_stay():
+  x = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 4)).astype(np.float32)
+  assert pictures.pixels(x) is x
+  once = pictures.pixels(x[..., :3])
+  np.testing.assert_array_equal(once, pictures.to_uint8(x[..., :3]))
+  assert pictures.pixels(once) is once and pictures.viewable(once) is once
+
+
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('scale', [1, 3])
 def test_grid_places_every_picture_row_by_row(channels, scale):

@@ -5,12 +5,15 @@ import numpy as np
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_digits
 from fmzoo import build
-from fmzoo.models import blockwise
+from fmzoo.models import blockwise, vae
 
 RECIPES = {
   'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
 }
 METHODS = tuple(RECIPES)
+VAE = vae.Config(  # doubles the side of latents
+  widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, precision='highest'
+)
 
 
 def config(method, **changes):
@@ -78,3 +81,10 @@ def warm(params, seed=1):
   return jax.tree.map(
     lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32), params
   )
+
+
+def random_vae(seed=0):
+  """Returns parameters of an autoencoder of config `VAE`, each leaf random, as numpy arrays."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(vae.make(VAE).init, jax.random.key(0))
+  return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype('float32'), shapes)
