@@ -376,15 +376,12 @@ def near_outputs(net, params, first, second):
   return out[:, 0], jax.lax.stop_gradient(out[:, 1])
 
 
-def consistency_loss(config, net, params, rows, *, v_null, v_own):
-  """Consistency of rows: two calls, of which the one at the middle time has no gradient.
+def consistency_quotient(config, net, params, rows, *, v_null, v_own):
+  """Runs the network at both times of consistency rows: (N_t with gradient, quotient) [n, ...].
 
   Args:
     config: Config; net: models.layers.Network; params: tree; rows: Rows.
     v_null, v_own: as in `target_velocity`.
-
-  Returns:
-    (sum of `consistency_terms` [], {metric: [n]}).
   """
   t, s, t_mid = rows.t, rows.s, rows.t_mid
   x_t = flow.interpolate(config.path, rows.x, rows.noise, t)
@@ -393,10 +390,22 @@ def consistency_loss(config, net, params, rows, *, v_null, v_own):
   n_t, n_mid = near_outputs(
     net, params, (x_t, t, t - s, rows.labels), (x_mid, t_mid, t_mid - s, rows.labels)
   )
-  quotient = difference_quotient(
+  return n_t, difference_quotient(
     config, x_t, n_t=n_t, n_mid=n_mid, velocity=velocity, t=t, s=s, t_mid=t_mid
   )
-  terms, error, weight = consistency_terms(config, n_t, quotient, t, s)
+
+
+def consistency_loss(config, net, params, rows, *, v_null, v_own):
+  """Consistency of rows: two calls, of which the one at the middle time has no gradient.
+
+  Args:
+    config, net, params, rows, v_null, v_own: as in `consistency_quotient`.
+
+  Returns:
+    (sum of `consistency_terms` [], {metric: [n]}).
+  """
+  n_t, quotient = consistency_quotient(config, net, params, rows, v_null=v_null, v_own=v_own)
+  terms, error, weight = consistency_terms(config, n_t, quotient, rows.t, rows.s)
   return jnp.sum(terms), {'consistency/mse': error, 'consistency/weight': weight}
 
 
@@ -477,6 +486,36 @@ def few_step_sample(net, params, config, x, labels, renoise):
   return move(x, times[-2], 0.0)
 
 
+def draw_rows(config, batch, rng, step):
+  """Draws all that is random in a training step, per row.
+
+  Args:
+    config: Config.
+    batch: {'latent': [B, H, W, C], 'label': [B]}.
+    rng: keys [B].
+    step: k, int32.
+
+  Returns:
+    (Rows, ratio r(k, K) of the middle time).
+  """
+  rng_noise, rng_flow, rng_s, rng_t, rng_drop = flow.split_rows(rng, 5)
+  x = batch['latent']
+  is_consistency = consistency_rows(x.shape[0], config.velocity_ratio)
+  drawn = [
+    flow.logit_normal_times(key, mean, std)
+    for key, mean, std in zip((rng_flow, rng_s, rng_t), config.time_mean, config.time_std)
+  ]
+  t, s = consistency_times(*drawn[1:])
+  t = jnp.where(is_consistency, t, drawn[0])
+  ratio = middle_ratio(
+    config.middle_schedule, config.middle_initial, config.middle_final, step, config.total_steps
+  )
+  return Rows(
+    x, flow.normal_like(rng_noise, x), batch['label'],
+    flow.draw_dropped(rng_drop, config.label_dropout), t, s, middle_time(t, s, ratio),
+  ), ratio
+
+
 def make(config, net, latent_shape, num_classes):
   """Builds the method.
 
@@ -495,23 +534,8 @@ def make(config, net, latent_shape, num_classes):
   _check(config)
 
   def loss(params, batch, rng, step):
-    """See `loss_of_rows`; times, noise and dropped labels are drawn per row."""
-    rng_noise, rng_flow, rng_s, rng_t, rng_drop = flow.split_rows(rng, 5)
-    x = batch['latent']
-    is_consistency = consistency_rows(x.shape[0], config.velocity_ratio)
-    drawn = [
-      flow.logit_normal_times(key, mean, std)
-      for key, mean, std in zip((rng_flow, rng_s, rng_t), config.time_mean, config.time_std)
-    ]
-    t, s = consistency_times(*drawn[1:])
-    t = jnp.where(is_consistency, t, drawn[0])
-    ratio = middle_ratio(
-      config.middle_schedule, config.middle_initial, config.middle_final, step, config.total_steps
-    )
-    rows = Rows(
-      x, flow.normal_like(rng_noise, x), batch['label'],
-      flow.draw_dropped(rng_drop, config.label_dropout), t, s, middle_time(t, s, ratio),
-    )
+    """See `loss_of_rows` and `draw_rows`."""
+    rows, ratio = draw_rows(config, batch, rng, step)
     value, metrics = loss_of_rows(config, net, num_classes, params, rows)
     return value, {**metrics, 'consistency/middle_ratio': ratio}
 
