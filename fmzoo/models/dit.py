@@ -51,7 +51,7 @@ class DiT(nn.Module):
 
   config: Config
   num_classes: int
-  pairs: bool = False  # see layers.Network.apply_pairs
+  pairs: str = ''  # as of layers.Numerics
 
   @nn.compact
   def __call__(self, x, t, duration, labels):
@@ -89,13 +89,14 @@ class DiT(nn.Module):
     return layers.unpatchify(layers.wide(out), config.patch, h, w)
 
 
-def make(config, latent_shape, num_classes):
+def make(config, latent_shape, num_classes, pairs=None):
   """Builds the pure functions of a DiT.
 
   Args:
     config: Config.
     latent_shape: (H, W, C); H = W, a multiple of the patch.
     num_classes: the label table has one more row, for the null label.
+    pairs: as of layers.Numerics, for `apply_pairs`; by default what layers.first_rows says.
 
   Returns:
     layers.Network. Its position table is a parameter that is never trained.
@@ -112,7 +113,8 @@ def make(config, latent_shape, num_classes):
     raise ValueError(
       f'model.width={config.width} must be a multiple of 4 and of model.heads={config.heads}'
     )
-  net, of_pairs = DiT(config, num_classes), DiT(config, num_classes, pairs=True)
+  net = DiT(config, num_classes)
+  of_pairs = DiT(config, num_classes, pairs or layers.first_rows(config.dtype))
 
   def init(rng):
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))

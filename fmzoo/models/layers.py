@@ -30,11 +30,14 @@ class Network(NamedTuple):
 
 
 class Numerics(NamedTuple):
-  """How the large products of a network are computed."""
+  """How the large products of a network are computed: operands of these dtypes, see `product`.
 
-  dtype: str = 'float32'  # what operands are rounded to, a key of PARTS or a dtype
+  A dtype is 'float32', 'float64', 'bfloat16', or one of DTYPES.
+  """
+
+  dtype: str = 'float32'
   attention: str = 'xla'  # or 'cudnn' (GPU and bfloat16 only); pairs are always 'xla'
-  pairs: bool = False  # rows 2i and 2i + 1 are near points whose difference matters; see `product`
+  pairs: str = ''  # dtype of first rows, if rows 2i and 2i + 1 are near points; '' if they are not
 
 
 xavier = nn.initializers.xavier_uniform()
@@ -42,13 +45,38 @@ small_normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
 
 
-# float32 operands as sums of bfloat16 numbers: 2 parts need 3 products, 3 parts 6.
-PARTS = {'bfloat16_3x': 2, 'bfloat16_6x': 3}
+def first_rows(dtype):
+  """Returns Numerics.pairs for a network of this dtype: a rounding below bfloat16's."""
+  return 'high' if dtype == 'bfloat16' else dtype
 
 
 def wide(x):
   """Returns x in float32, or in float64 if it is."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _high(op, a, b, out):
+  """float32 operands in three bfloat16 passes on a TPU, in TF32 on a GPU, as they are on a CPU."""
+  with jax.default_matmul_precision('high'):
+    return op(a.astype(jnp.float32), b.astype(jnp.float32), out)
+
+
+def _tf32(op, a, b, out):
+  """What a GPU does with float32 operands, anywhere: 10 bits of mantissa."""
+  a, b = (jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10) for x in (a, b))
+  return op(a, b, out)
+
+
+def _three_passes(op, a, b, out):
+  """What a TPU does at 'high', anywhere: each operand is the sum of two bfloat16 numbers."""
+  (a, a_rest), (b, b_rest) = (
+    (x.astype(jnp.bfloat16), (x - x.astype(jnp.bfloat16).astype(x.dtype)).astype(jnp.bfloat16))
+    for x in (a, b)
+  )
+  return op(a_rest, b, out) + op(a, b_rest, out) + op(a, b, out)
+
+
+DTYPES = {'high': _high, 'tf32': _tf32, 'bfloat16_3x': _three_passes}
 
 
 def product(op, a, b, numerics, *, has_rows=False):
@@ -58,10 +86,11 @@ def product(op, a, b, numerics, *, has_rows=False):
 
     y_first = op(a_first, b),  y_second = y_first + op(a_second - a_first, b)
 
-  and, where b has rows of its own, + op(a_second, b_second - b_first). So both rows see the
-  same roundings of their operands, which cancel in y_second - y_first: that is accurate to the
-  rounding of the difference, however small it is, with bfloat16 operands too and, for a kernel b,
-  for the price of two plain products. No gradient flows through second rows.
+  and, where b has rows of its own, + op(a_first, b_second - b_first), with a_second before it. So
+  both rows see the same roundings, which cancel in y_second - y_first: that is accurate to the
+  rounding of the difference, however small it is, also with bfloat16 operands. What is left of
+  rounding in both rows is not divided by their distance; numerics.pairs says how large it may be.
+  For a kernel b it costs as many products as two plain rows. No gradient flows through second rows.
 
   Args:
     op: (a, b, dtype of the result) -> bilinear function of a and b, row by row.
@@ -71,44 +100,55 @@ def product(op, a, b, numerics, *, has_rows=False):
     has_rows: whether b has rows [R, ...].
 
   Returns:
-    [R, ...]: float32 (or wider) in pairs and where operands have parts, else numerics.dtype.
+    [R, ...]: float32 (or wider) in pairs, else numerics.dtype unless op widens it. Products of the
+    backward pass have operands of numerics.dtype, those with gradients included.
   """
   if not numerics.pairs:
-    return _rounded_product(op, a, b, numerics.dtype)
-  rounded = functools.partial(_rounded_product, op, dtype=numerics.dtype, out=wide(a).dtype)
-  (first, step), fixed = _pair(a), jax.lax.stop_gradient
-  b, b_step = _pair(b) if has_rows else (b, None)
-  y = rounded(first, b)
-  difference = rounded(step, fixed(b) if b_step is None else fixed(b) + b_step)
-  if b_step is not None:
-    difference += rounded(fixed(first), b_step)
+    out = jnp.dtype(numerics.dtype) if numerics.dtype not in DTYPES else jnp.float32
+    return rounded_product(op, a, b, numerics.dtype, numerics.dtype, out)
+  wide_out, fixed = wide(a).dtype, jax.lax.stop_gradient
+  (first, step), (b, b_step) = _pair(a), _pair(b) if has_rows else (b, None)
+  y = rounded_product(op, first, b, numerics.pairs, numerics.dtype, wide_out)
+
+  def add(a, b):
+    """Returns a product that has no gradient."""
+    return rounded_product(op, fixed(a), fixed(b), numerics.dtype, numerics.dtype, wide_out)
+
+  difference = add(step, b + b_step) + add(first, b_step) if has_rows else add(step, b)
   y = jnp.stack([y, fixed(y) + difference], axis=1)
   return y.reshape(-1, *y.shape[2:])
 
 
 def _pair(rows):
-  """Returns the first rows of pairs and, without gradient, second - first: [R / 2, ...] each."""
+  """Returns the first rows of pairs and second - first: [R / 2, ...] each."""
   rows = rows.reshape(-1, 2, *rows.shape[1:])
-  return rows[:, 0], jax.lax.stop_gradient(rows[:, 1] - rows[:, 0])
+  return rows[:, 0], rows[:, 1] - rows[:, 0]
 
 
-def _rounded_product(op, a, b, dtype, out=None):
-  """op(a, b) of rounded operands, or the sum of products of their parts, smallest first."""
-  if dtype not in PARTS:
-    return op(a.astype(dtype), b.astype(dtype), out or dtype)
-  parts = range(PARTS[dtype])
-  a, b = _parts(a, len(parts)), _parts(b, len(parts))
-  terms = [(i, j) for i in parts for j in parts if i + j < len(parts)]
-  return sum(op(a[i], b[j], jnp.float32) for i, j in sorted(terms, key=sum, reverse=True))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3, 4, 5))
+def rounded_product(op, a, b, dtype, grad_dtype, out):
+  """Returns op(a, b) of operands rounded to `dtype`, as `out`; its tangents round to `grad_dtype`.
+
+  By itself the gradient of a product with a wider result has one wide operand and costs, on most
+  accelerators, what wide products cost.
+  """
+  if dtype in DTYPES:
+    return DTYPES[dtype](op, a, b, out)
+  return op(a.astype(dtype), b.astype(dtype), out)
 
 
-def _parts(x, count):
-  """Returns bfloat16 arrays whose sum is x: each holds what the ones before it left."""
-  parts = []
-  for _ in range(count):
-    parts.append(x.astype(jnp.bfloat16))
-    x = x - parts[-1].astype(x.dtype)
-  return parts
+@functools.partial(rounded_product.defjvp, symbolic_zeros=True)
+def _rounded_product_jvp(op, dtype, grad_dtype, out, primals, tangents):
+  """The product rule; a product with a tangent that is zero is left out."""
+  y = rounded_product(op, *primals, dtype, grad_dtype, out)
+  (a, b), (a_dot, b_dot) = primals, tangents
+  terms = [(a_dot, b), (a, b_dot)]
+  zero = jax.custom_derivatives.SymbolicZero
+  products = [
+    rounded_product(op, *term, grad_dtype, grad_dtype, jnp.dtype(grad_dtype)).astype(y.dtype)
+    for term in terms if not any(isinstance(part, zero) for part in term)
+  ]
+  return y, sum(products[1:], products[0])
 
 
 def _matmul(x, kernel, dtype):
