@@ -39,8 +39,10 @@ flags
   --workdir  where the run lives; default runs/<recipe name>
   --step     checkpoint to use, in finished steps; default the newest (sample, evaluate, convert)
   --samples  images to measure (evaluate)
-  --weights  official .safetensors to read into a new workdir (convert)
-  --export   .safetensors to write, official names and layouts; config.sample.weights (convert)
+  --weights  official .safetensors, or .pt, to read into a new workdir; of a training checkpoint
+             config.sample.weights, ema or params, chooses ema_model or model (convert)
+  --export   .safetensors to write, or .pt where torch is installed, official names and layouts;
+             config.sample.weights (convert)
   --against  recipe to compare with; its keys as --against.section.key=value (bench)
   --runs     timed runs of each, in turn; default 20 (bench)
 
@@ -126,7 +128,7 @@ def check_flags(command, given):
   if command == 'convert' and not given & {'weights', 'export'}:
     raise ValueError(
       "'convert' needs --weights=FILE.safetensors to read official weights into the workdir, or"
-      ' --export=FILE.safetensors to write its checkpoint as such'
+      ' --export=FILE.safetensors to write its checkpoint as such; .pt files will do as well'
     )
 
 

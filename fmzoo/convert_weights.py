@@ -32,8 +32,8 @@ def convert(recipe, workdir, *, at_step=None, source=None, target=None):
     recipe: build.Recipe.
     workdir: to make, or to take the checkpoint from.
     at_step: finished steps of the checkpoint to export; None is the newest.
-    source: `.safetensors` file to import, or None.
-    target: `.safetensors` file to write, or None.
+    source: `.safetensors`, `.pt`, `.pth` or `.bin` file to import, or None.
+    target: file to write, of one of these formats, or None.
   """
   if source is not None:
     import_weights(recipe, workdir, source)
@@ -47,7 +47,7 @@ def import_weights(recipe, workdir, path):
   Args:
     recipe: build.Recipe, whose network the weights must fit.
     workdir: folder without checkpoints; made if missing.
-    path: official `.safetensors`, of online or averaged weights.
+    path: official weights, see read_official.
 
   Raises:
     ValueError: if the weights do not fit or the workdir holds something else; nothing is written.
@@ -72,14 +72,14 @@ def export_weights(recipe, workdir, path, at_step=None):
   Args:
     recipe: build.Recipe.
     workdir: of the run.
-    path: `.safetensors` to write; must not exist.
+    path: file to write, see weights.save; must not exist.
     at_step: finished steps of the checkpoint; None is the newest.
 
   Raises:
     ValueError: if there is no such checkpoint, or the file exists.
   """
   _converter(recipe)
-  weights.expect_absent(path)
+  weights.expect_writable(path)
   with sample.open_checkpoints(recipe, workdir) as checkpoints:
     params, done = checkpoints.restore_params(
       _abstract(recipe), ema=recipe.sample.weights == 'ema', step=at_step
@@ -92,8 +92,9 @@ def read_official(path, recipe):
   """Reads official weights.
 
   Args:
-    path: `.safetensors`.
-    recipe: build.Recipe, whose network they must fit.
+    path: `.safetensors`, `.pt`, `.pth` or `.bin`; never executed.
+    recipe: build.Recipe, whose network they must fit. Of a training checkpoint, `sample.weights`
+      chooses the averaged weights or the last.
 
   Returns:
     The parameters of `recipe.method`, float32, on the default device.
@@ -103,7 +104,7 @@ def read_official(path, recipe):
       or dtype.
   """
   converter = _converter(recipe)
-  with weights.opened(path) as tensors:
+  with weights.opened(path, recipe.sample.weights) as tensors:
     try:
       leaves, structure = jax.tree.flatten(converter.from_official(
         tensors, recipe.network, recipe.data.channels, _abstract(recipe)
@@ -118,10 +119,10 @@ def read_official(path, recipe):
 
 
 def write_official(path, params, recipe):
-  """Writes parameters of `recipe.method` to a new `.safetensors` under their official names.
+  """Writes parameters of `recipe.method` to a new file under their official names.
 
   Raises:
-    ValueError: if there is such a file.
+    ValueError: if there is such a file, or it takes torch and there is none.
   """
   tensors = _converter(recipe).to_official(params, recipe.network, recipe.data.channels)
   weights.save(path, tensors)

@@ -1,6 +1,8 @@
 """Official weights to a workdir that every command takes, and back."""
 
 import json
+import pickle
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import safetensors.numpy
 
 from fmzoo import build, command_line, convert_weights, evaluate, main, sample, step, train
 from fmzoo.parallel import mesh as meshes
-from tests import tiny
+from tests import tiny, torch_pickle
 
 
 def command(*arguments):
@@ -114,6 +116,38 @@ def test_soflow_both_ways_and_measured(tmp_path):
   )
 
 
+@pytest.mark.parametrize('chosen', ['ema', 'params'])
+def test_training_checkpoint_of_pytorch_and_back(tmp_path, chosen):
+  """Averaged or last weights of a `.pt`, keys as a compiled wrapper names them; bit-equal."""
+  folder = tmp_path / 'official'
+  recipe, params = official(folder / 'ema.safetensors', 'soflow', sample__weights=chosen)
+  convert_weights.write_official(folder / 'params.safetensors', tiny.warm(params, 2), recipe)
+  files = {name: folder / f'{name}.safetensors' for name in ('ema', 'params')}
+  ema, last = (safetensors.numpy.load_file(files[name]) for name in ('ema', 'params'))
+  path, workdir, copy = tmp_path / 'x.pt', prepared(tmp_path / 'w', recipe), tmp_path / 'copy'
+  path.write_bytes(torch_pickle.zip_form({
+    'model': {f'module.{key}': tensor for key, tensor in last.items()},
+    'ema_model': {key.replace('.', '._orig_mod.', 1): tensor for key, tensor in ema.items()},
+    'optimizer': {'state': {1: {'exp_avg': np.ones(3)}}, 'param_groups': [{'betas': (0.9, 0.99)}]},
+    'finished_steps': 3, 'finished_epochs': 0,
+  }))
+  assert command('convert', f'--workdir={workdir}', f'--weights={path}') == 0
+  assert command('convert', f'--workdir={workdir}', f'--export={copy}') == 0
+  other = {'ema': 'params', 'params': 'ema'}[chosen]
+  assert copy.read_bytes() == files[chosen].read_bytes() != files[other].read_bytes()
+
+
+def test_exported_for_pytorch_and_imported_again(stages, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', torch_pickle.stand_in())
+  folder, recipe, _ = stages
+  path, again, copy = tmp_path / 'x.pt', tmp_path / 'again', tmp_path / 'copy.safetensors'
+  assert command('convert', f'--workdir={folder / "stage1"}', f'--export={path}') == 0
+  prepared(again, tiny.recipe('bfm', mesh__data=1))
+  assert command('convert', f'--workdir={again}', f'--weights={path}') == 0
+  assert command('convert', f'--workdir={again}', f'--export={copy}') == 0
+  assert copy.read_bytes() == (folder / 'stage1.safetensors').read_bytes()
+
+
 # name: (arguments, words of the line); {stage1} was imported, {stage2} trained, {new} has a recipe
 # of stage 1 alone and {frn} one of stage 2.
 CASES = {
@@ -126,7 +160,17 @@ CASES = {
   'missing': (
     ('convert', '--workdir={new}', '--weights={folder}/none.safetensors'), ('none.safetensors',)),
   'no safetensors': (
-    ('convert', '--workdir={new}', '--weights={new}/config.json'), ('config.json', 'pickles')),
+    ('convert', '--workdir={new}', '--weights={new}/config.json'),
+    ('config.json', '.pt, .pth, .bin')),
+  'checkpoint without averaged weights': (
+    ('convert', '--workdir={new}', '--weights={folder}/last.pt'),
+    ("last.pt has no tensors under 'ema_model'", '--config.sample.weights=params')),
+  'pickle that runs something': (
+    ('convert', '--workdir={new}', '--weights={folder}/trap.pt'),
+    ("trap.pt cannot be read as a PyTorch file", "'builtins.eval'")),
+  'export to .pt without torch': (
+    ('convert', '--workdir={stage1}', '--export={folder}/x.pt'),
+    ('x.pt takes torch to write', 'pip install torch')),
   'half precision': (
     ('convert', '--workdir={new}', '--weights={folder}/half.safetensors'),
     ('half.safetensors: ', 't_embedder.mlp.0.bias is float16[32], expected float32[32]')),
@@ -171,6 +215,8 @@ def places(stages):
   for name, wrong in (('half', bias.astype(np.float16)), ('wide', np.tile(bias, 2))):
     safetensors.numpy.save_file({**tensors, key: wrong}, folder / f'{name}.safetensors')
   convert_weights.export_weights(recipe, folder / 'stage2', folder / 'frn.safetensors')
+  (folder / 'last.pt').write_bytes(torch_pickle.zip_form({'model': tensors}))
+  (folder / 'trap.pt').write_bytes(torch_pickle.archive(pickle.dumps(eval, 4)))
   prepared(folder / 'new', tiny.recipe('bfm'))
   prepared(folder / 'frn', tiny.recipe('bfm_frn'))
   names = ('stage1', 'stage2', 'new', 'frn')
@@ -183,7 +229,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_bad_input_is_one_line(case, places, capsys):
+def test_bad_input_is_one_line(case, places, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
   arguments, words = CASES[case]
   before = contents(places['folder'])
   capsys.readouterr()

@@ -10,7 +10,7 @@ STANDARD = {
   'ast', 'collections', 'contextlib', 'dataclasses', 'functools', 'hashlib', 'importlib', 'inspect',
   'io', 'itertools', 'json', 'math', 'os', 'pathlib', 'signal', 'struct', 'subprocess', 'sys',
   'tempfile', 'threading', 'time', 'typing', 'zlib', 'fractions', 're', 'abc', 'shutil', 'logging',
-  'warnings', 'zipfile',
+  'warnings', 'zipfile', 'mmap', 'pickletools',
 }
 # module prefix -> (packages from outside, modules of fmzoo) that it may import
 ALLOWED = {
@@ -27,7 +27,9 @@ ALLOWED = {
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
     'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),
-  'fmzoo.convert': ({'jax', 'numpy', 'safetensors'}, {'fmzoo.models', 'fmzoo.convert'}),
+  'fmzoo.convert.weights': ({'numpy', 'safetensors', 'torch'}, {'fmzoo.convert'}),
+  'fmzoo.convert': (
+    {'jax', 'numpy', 'safetensors', 'ml_dtypes'}, {'fmzoo.models', 'fmzoo.convert'}),
   'fmzoo.pictures': ({'numpy', 'PIL'}, set()),
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
   'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),

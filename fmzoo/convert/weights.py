@@ -1,4 +1,4 @@
-"""Files of official weights: safetensors, read one tensor at a time and never executed."""
+"""Files of official weights, safetensors or PyTorch's, read a tensor at a time, never executed."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fmzoo.convert import torch_file, torch_pickle
+
+TORCH = ('.pt', '.pth', '.bin')  # endings of files of torch.save; others are safetensors
+ENTRIES = {'ema': 'ema_model', 'params': 'model'}  # of a training checkpoint, by sample.weights
+MAX_KEYS = 8  # that a message lists
 DTYPES = {  # numpy's names; others stay as the file has them, and are refused by their name
   'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
   'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool',
@@ -30,12 +35,32 @@ class Tensor:
 
 
 @contextlib.contextmanager
-def opened(path):
-  """Opens a safetensors file, `with opened(path) as tensors`: {key: Tensor}, mapped and not read.
+def opened(path, chosen='ema'):
+  """Opens a file of weights, `with opened(path) as tensors`: {key: Tensor}, mapped and not read.
+
+  Args:
+    path: a file of torch.save if it ends as TORCH says, else safetensors.
+    chosen: key of ENTRIES, for a training checkpoint; {key: tensor} is taken as it is.
 
   Raises:
-    ValueError: if the file cannot be read or is of another format.
+    ValueError: if the file cannot be read, is of another format or lacks that entry.
   """
+  if is_torch(path):
+    with torch_file.opened(path) as value:
+      yield _entry(path, value, chosen)
+  else:
+    with _opened_safetensors(path) as tensors:
+      yield tensors
+
+
+def is_torch(path):
+  """Says whether a path is that of a file of torch.save, by its ending."""
+  return pathlib.Path(path).suffix.lower() in TORCH
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path):
+  """Opens a safetensors file."""
   with contextlib.ExitStack() as stack:
     try:
       file = stack.enter_context(safetensors.safe_open(path, 'numpy'))
@@ -43,8 +68,8 @@ def opened(path):
     except (safetensors.SafetensorError, OSError, ValueError) as error:
       reason = error.strerror if isinstance(error, OSError) and error.strerror else error
       raise ValueError(
-        f'{path} cannot be read as safetensors ({reason}); pass a whole .safetensors file: pickles'
-        ' (.pt, .pth, .bin) are not opened, safetensors.torch.save_file turns one into it'
+        f'{path} cannot be read as safetensors ({reason}); pass a whole .safetensors file, or one'
+        f' of torch.save that ends in {", ".join(TORCH)}'
       ) from error
     yield {
       key: Tensor(
@@ -54,6 +79,41 @@ def opened(path):
     }
 
 
+def _entry(path, value, chosen):
+  """Returns the tensors of what torch.save wrote: all of it, or the entry chosen."""
+  if _is_weights(value):
+    return value
+  entries = value if isinstance(value, dict) else {}
+  if _is_weights(found := entries.get(ENTRIES[chosen])):
+    return found
+  keys = [torch_pickle.show(str(key)) for key in entries]
+  listed = ', '.join([*keys[:MAX_KEYS], *(['...'] if len(keys) > MAX_KEYS else [])])
+  remedies = [
+    f'--config.sample.weights={name} takes {entry!r}'
+    for name, entry in ENTRIES.items() if _is_weights(entries.get(entry))
+  ]
+  raise ValueError(
+    f"{path} has no tensors under '{ENTRIES[chosen]}' (sample.weights='{chosen}') and not tensors"
+    f' alone, its keys are {listed or "none"};'
+    f' {"".join(remedies) or "pass a file of model.state_dict()"}'
+  )
+
+
+def _is_weights(value):
+  """Says whether a value is {key: tensor}."""
+  return isinstance(value, dict) and bool(value) and all(
+    isinstance(key, str) and isinstance(tensor, torch_pickle.Tensor)
+    for key, tensor in value.items()
+  )
+
+
+def expect_writable(path):
+  """Refuses to write where a file is already, or a format that cannot be written here."""
+  expect_absent(path)
+  if is_torch(path):
+    _torch(path)
+
+
 def expect_absent(path):
   """Refuses to write where a file is already."""
   if os.path.lexists(path):
@@ -61,22 +121,49 @@ def expect_absent(path):
 
 
 def save(path, tensors):
-  """Writes {key: contiguous numpy array} to a new safetensors file, under its name once complete.
+  """Writes {key: contiguous numpy array} to a new file, under its name once complete.
+
+  A file that ends as TORCH says is a training checkpoint with the averaged weights alone, which
+  takes torch; any other is safetensors.
 
   Raises:
-    ValueError: if there is such a file.
+    ValueError: if there is such a file, or torch is needed and missing.
   """
   path = pathlib.Path(path)
-  expect_absent(path)
+  expect_writable(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    safetensors.numpy.save_file(tensors, temporary, metadata={'format': 'pt'})  # as PyTorch's tools
+    if is_torch(path):
+      _save_torch(temporary, tensors)
+    else:
+      metadata = {'format': 'pt'}  # as PyTorch's tools
+      safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
     expect_absent(path)
     os.replace(temporary, path)
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, RuntimeError) as error:  # the latter of torch
     raise ValueError(
       f'{path} cannot be written ({error}); name a file in a folder with room and write access'
     ) from error
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _save_torch(path, tensors):
+  """Writes {'ema_model': {key: tensor}}, where the official samplers look for weights."""
+  torch = _torch(path)
+  averaged = {key: torch.tensor(tensor) for key, tensor in tensors.items()}
+  with open(path, 'wb') as file:  # else the name of the file is stored in it
+    torch.save({ENTRIES['ema']: averaged}, file)
+
+
+def _torch(path):
+  """Returns the package torch."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f'{path} takes torch to write, which cannot be imported ({error}); pip install torch, or name'
+      ' a .safetensors file'
+    ) from error
+  return torch

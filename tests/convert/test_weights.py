@@ -1,13 +1,15 @@
-"""Safetensors files: read without executing or copying, written whole or not at all."""
+"""Files of weights: read without executing or copying, written whole or not at all."""
 
 import pickle
 import struct
+import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from fmzoo.convert import weights
+from tests import torch_pickle
 
 
 @pytest.fixture
@@ -81,3 +83,109 @@ def test_other_files_are_refused_and_not_executed(tensors, tmp_path):
     ):
       pass
   assert not sprung.exists()
+
+
+def entries(path, chosen='ema'):
+  """Returns {key: array} of a file of weights."""
+  with weights.opened(path, chosen) as found:
+    return {key: np.asarray(tensor) for key, tensor in found.items()}
+
+
+def checkpoint(**parts):
+  """Returns the file of a training checkpoint."""
+  return torch_pickle.zip_form({**parts, 'optimizer': {'lr': 0.1}, 'finished_steps': 3})
+
+
+@pytest.mark.parametrize('ending', ['.pt', '.pth', '.bin', '.PT'])
+def test_averaged_or_last_weights_of_a_training_checkpoint(tensors, tmp_path, ending):
+  path = tmp_path / f'x{ending}'
+  path.write_bytes(checkpoint(model={'a': np.ones(2)}, ema_model=tensors))
+  for chosen, expected in (('ema', tensors), ('params', {'a': np.ones(2)})):
+    found = entries(path, chosen)
+    assert list(found) == list(expected)
+    for key in expected:
+      np.testing.assert_array_equal(found[key], expected[key])
+  assert set(entries(path)) == set(tensors)
+
+
+def test_tensors_alone_are_taken_as_they_are(tensors, tmp_path):
+  """Even if one of them is called like an entry."""
+  path = tmp_path / 'x.pth'
+  path.write_bytes(torch_pickle.legacy_form({**tensors, 'model': np.ones(2)}))
+  for chosen in weights.ENTRIES:
+    assert set(entries(path, chosen)) == {*tensors, 'model'}
+
+
+@pytest.mark.parametrize('value,chosen,words', [
+  ({'state': {'a': np.ones(2)}, 'step': 3}, 'ema',
+   "no tensors under 'ema_model' (sample.weights='ema') and not tensors alone, its keys are"
+   " 'state', 'step'; pass a file of model.state_dict()"),
+  ({'model': {'a': np.ones(2)}}, 'ema', "'model'; --config.sample.weights=params takes 'model'"),
+  ({'ema_model': {'a': np.ones(2)}}, 'params',
+   "no tensors under 'model' (sample.weights='params') and not tensors alone, its keys are"
+   " 'ema_model'; --config.sample.weights=ema takes 'ema_model'"),
+  ({'ema_model': {'a': 1}}, 'ema', 'its keys are \'ema_model\'; pass'),
+  ({'ema_model': {}}, 'ema', 'its keys are \'ema_model\'; pass'),
+  ({'ema_model': {3: np.ones(2)}}, 'ema', 'its keys are \'ema_model\'; pass'),
+  ({i: i for i in range(20)}, 'ema', "keys are '0', '1', '2', '3', '4', '5', '6', '7', ...; pass"),
+  ([np.ones(2)], 'ema', 'its keys are none; pass'),
+  ({}, 'ema', 'its keys are none; pass'),
+])
+def test_checkpoints_without_the_weights_asked_for(tmp_path, value, chosen, words):
+  path = tmp_path / 'x.pt'
+  path.write_bytes(torch_pickle.zip_form(value))
+  with pytest.raises(ValueError) as error:
+    entries(path, chosen)
+  assert str(error.value).startswith(f'{path} has no tensors under ')
+  assert words in str(error.value)
+
+
+def test_without_torch_no_such_file_is_written(tensors, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  path = tmp_path / 'x.pt'
+  for write in (lambda: weights.save(path, tensors), lambda: weights.expect_writable(path)):
+    with pytest.raises(ValueError, match=r'x\.pt takes torch to write, .*; pip install torch, or'):
+      write()
+  weights.expect_writable(tmp_path / 'x.safetensors')
+  assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_imported_by_nobody_else(tensors, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  path = tmp_path / 'x.pt'
+  path.write_bytes(torch_pickle.zip_form(tensors))
+  assert set(entries(path)) == set(tensors)
+
+
+@pytest.fixture(params=['torch', 'stand-in'])
+def torch(request, monkeypatch):
+  """The package, where it is installed, and what behaves like it."""
+  if request.param == 'torch':
+    return pytest.importorskip('torch')
+  monkeypatch.setitem(sys.modules, 'torch', torch_pickle.stand_in())
+  return sys.modules['torch']
+
+
+def test_written_for_torch_and_read_back(torch, tensors, tmp_path):
+  path = tmp_path / 'folder' / 'x.pt'
+  weights.save(path, tensors)
+  assert [file.name for file in path.parent.iterdir()] == ['x.pt']
+  found = entries(path)
+  assert set(found) == set(tensors)
+  for key, tensor in tensors.items():
+    assert found[key].dtype == tensor.dtype and found[key].tobytes() == tensor.tobytes()
+  with pytest.raises(ValueError, match=r'x\.pt is there already'):
+    weights.save(path, tensors)
+  with pytest.raises(ValueError, match="sample.weights=ema takes 'ema_model'"):
+    entries(path, 'params')
+
+
+def test_torch_that_fails_leaves_nothing(torch, tensors, tmp_path, monkeypatch):
+  def fail(value, file):
+    file.write(b'half')
+    raise RuntimeError('disk full')
+
+  monkeypatch.setattr(torch, 'save', fail)
+  with pytest.raises(ValueError, match=r'x\.pt cannot be written \(disk full\); name a file'):
+    weights.save(tmp_path / 'x.pt', tensors)
+  assert not list(tmp_path.iterdir())
