@@ -228,6 +228,13 @@ class Rows(NamedTuple):
   t: jax.Array  # [B]
   s: jax.Array  # [B], s <= t_mid < t
   t_mid: jax.Array  # [B]
+  augment: jax.Array | None = None  # [B, 6] augmentation labels of the network
+  dropout: jax.Array | None = None  # keys [B]; both passes of a consistency row share its masks
+
+  def options(self):
+    """Returns the network's keywords that are given."""
+    given = {'augment': self.augment, 'dropout': self.dropout}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def row_period(velocity_ratio):
@@ -311,7 +318,8 @@ def free_velocities(config, net, num_classes, params, rows):
   x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
   x_t, t = extend(x_t, x_t), extend(rows.t, rows.t)
   labels = extend(jnp.full_like(rows.labels, num_classes), rows.labels)
-  v = net.apply(jax.lax.stop_gradient(params), x_t, t, jnp.zeros_like(t), labels)
+  options = {name: extend(value, value) for name, value in rows.options().items()}
+  v = net.apply(jax.lax.stop_gradient(params), x_t, t, jnp.zeros_like(t), labels, **options)
   parts = cut(
     velocity_scale(config.solution) * v,
     [(groups, count + head) for groups, count, head in blocks],
@@ -372,7 +380,9 @@ def consistency_loss(config, net, params, rows, *, n_t, v_null, v_own):
   x_t = flow.interpolate(config.path, rows.x, rows.noise, t)
   velocity = target_velocity(config, rows, v_null, v_own)
   x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
-  n_mid = net.apply(jax.lax.stop_gradient(params), x_mid, t_mid, t_mid - s, rows.labels)
+  n_mid = net.apply(
+    jax.lax.stop_gradient(params), x_mid, t_mid, t_mid - s, rows.labels, **rows.options()
+  )
   quotient = difference_quotient(
     config, x_t, n_t=n_t, n_mid=n_mid, velocity=velocity, t=t, s=s, t_mid=t_mid
   )
@@ -405,12 +415,13 @@ def loss_of_rows(config, net, num_classes, params, rows):
   rows = rows._replace(labels=jnp.where(rows.dropped, null, labels) if guided else labels)
   x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
   duration = jnp.where(is_consistency, rows.t - rows.s, 0.0)
-  n_t, out = split_batch(net.apply(params, x_t, rows.t, duration, rows.labels), ratio)
+  n_t = net.apply(params, x_t, rows.t, duration, rows.labels, **rows.options())
+  n_t, out = split_batch(n_t, ratio)
   null_consistency = null_flow = v_own = None
   if guided:
     v_null, v_own = free_velocities(config, net, num_classes, params, rows)
     null_consistency, null_flow = split_batch(v_null, ratio)
-  split = [split_batch(a, ratio) for a in rows]
+  split = [(None, None) if a is None else split_batch(a, ratio) for a in rows]
   of_consistency, of_flow = (Rows(*part) for part in zip(*split))
   total, metrics = 0.0, dict.fromkeys(METRICS, jnp.zeros(1))
   if not is_consistency.all():

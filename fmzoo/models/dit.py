@@ -116,7 +116,13 @@ def make(config, latent_shape, num_classes):
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))
     return net.init(rng, x, t, t, jnp.zeros((1,), jnp.int32))['params']
 
-  def apply(params, x, t, duration, labels):
+  def apply(params, x, t, duration, labels, *, augment=None, dropout=None):
+    for name, value in (('augment', augment), ('dropout', dropout)):
+      if value is not None:
+        raise ValueError(
+          f'{name} of shape {value.shape} was given to a DiT, which has none; pass None, or use'
+          " model.name='unet'"
+        )
     shapes.expect_shape('x', x, None, *latent_shape)
     shapes.expect_shape('t', t, x.shape[0])
     shapes.expect_shape('labels', labels, x.shape[0])

@@ -20,7 +20,10 @@ class Network(NamedTuple):
   """A velocity-like network as pure functions."""
 
   init: Callable  # (rng) -> params, float32
-  apply: Callable  # (params, x [B, H, W, C], t [B], duration [B] | None, labels [B]) -> like x
+  # (params, x [B, H, W, C], t [B], duration [B] | None, labels [B] int32, *, augment=None,
+  # dropout=None) -> like x; augment [B, 6] labels, None is zeros; dropout keys [B], None is no
+  # dropout. A network without one of them refuses it.
+  apply: Callable
   trainable: Callable  # (params) -> tree of bool
 
 
