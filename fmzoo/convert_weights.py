@@ -9,12 +9,13 @@ import jax
 from absl import logging
 
 from fmzoo import sample, train
-from fmzoo.convert import bfm, names, soflow, weights
+from fmzoo.convert import bfm, names, soflow, soflow_unet, weights
 
 CONVERTERS = {  # (method, network): names and layouts of its official weights
   ('bfm', 'blockwise'): bfm,
   ('bfm_frn', 'blockwise'): bfm,
   ('soflow', 'dit'): soflow,
+  ('soflow', 'unet'): soflow_unet,
 }
 STEP = 0  # of an imported checkpoint: nothing was trained here
 

@@ -228,6 +228,13 @@ class Rows(NamedTuple):
   t: jax.Array  # [B]
   s: jax.Array  # [B], s <= t_mid < t
   t_mid: jax.Array  # [B]
+  augment: jax.Array | None = None  # [B, 6] augmentation labels of the network
+  dropout: jax.Array | None = None  # keys [B]; both passes of a consistency row share its masks
+
+  def options(self):
+    """Returns the network's keywords that are given."""
+    given = {'augment': self.augment, 'dropout': self.dropout}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def row_period(velocity_ratio):
@@ -351,7 +358,9 @@ def flow_loss(config, net, params, rows, v_null):
     (sum of `velocity_terms` [], {metric: [n]}).
   """
   x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
-  out = net.apply(params, x_t, rows.t, jnp.zeros_like(rows.t), rows.labels)
+  out = net.apply(
+    params, x_t, rows.t, jnp.zeros_like(rows.t), rows.labels, **rows.options()
+  )
   v = velocity_scale(config.solution) * out
   terms, error, weight = velocity_terms(config, v, target_velocity(config, rows, v_null, v))
   # A guided row's target holds (1 - m) of the network itself, so its error is m times less.
@@ -360,18 +369,22 @@ def flow_loss(config, net, params, rows, v_null):
   return jnp.sum(terms), metrics
 
 
-def near_outputs(net, params, first, second):
+def near_outputs(net, params, first, second, options):
   """Runs the network at two near points of every row, so that their difference keeps its digits.
 
   Args:
     net: models.layers.Network; params: tree.
     first, second: (x [n, H, W, C], t [n], duration [n], labels [n]) each.
+    options: the network's keywords, [n, ...] each, shared by both points: dropout masks, too.
 
   Returns:
     (network output at `first`, with gradient; at `second`, without): [n, H, W, C] each.
   """
   pairs = (jnp.stack(both, axis=1) for both in zip(first, second))
-  out = net.apply_pairs(params, *(both.reshape(-1, *both.shape[2:]) for both in pairs))
+  out = net.apply_pairs(
+    params, *(both.reshape(-1, *both.shape[2:]) for both in pairs),
+    **{name: jnp.repeat(value, 2, axis=0) for name, value in options.items()},
+  )
   out = out.reshape(-1, 2, *out.shape[1:])
   return out[:, 0], jax.lax.stop_gradient(out[:, 1])
 
@@ -388,7 +401,8 @@ def consistency_quotient(config, net, params, rows, *, v_null, v_own):
   velocity = target_velocity(config, rows, v_null, v_own)
   x_mid = x_t + velocity * flow.expand_as(t_mid - t, x_t)
   n_t, n_mid = near_outputs(
-    net, params, (x_t, t, t - s, rows.labels), (x_mid, t_mid, t_mid - s, rows.labels)
+    net, params, (x_t, t, t - s, rows.labels), (x_mid, t_mid, t_mid - s, rows.labels),
+    rows.options(),
   )
   return n_t, difference_quotient(
     config, x_t, n_t=n_t, n_mid=n_mid, velocity=velocity, t=t, s=s, t_mid=t_mid
@@ -437,7 +451,7 @@ def loss_of_rows(config, net, num_classes, params, rows):
   if guided:
     v_null, v_own = free_velocities(config, net, num_classes, params, rows)
     null_consistency, null_flow = split_batch(v_null, ratio)
-  split = [split_batch(a, ratio) for a in rows]
+  split = [(None, None) if a is None else split_batch(a, ratio) for a in rows]
   of_consistency, of_flow = (Rows(*part) for part in zip(*split))
   total, metrics = 0.0, dict.fromkeys(METRICS, jnp.zeros(1))
   if not is_consistency.all():
@@ -486,19 +500,19 @@ def few_step_sample(net, params, config, x, labels, renoise):
   return move(x, times[-2], 0.0)
 
 
-def draw_rows(config, batch, rng, step):
+def draw_rows(config, net, batch, rng, step):
   """Draws all that is random in a training step, per row.
 
   Args:
-    config: Config.
-    batch: {'latent': [B, H, W, C], 'label': [B]}.
+    config: Config; net: models.layers.Network.
+    batch: {'latent': [B, H, W, C], 'label': [B]}, and 'augment' [B, 6] where images were augmented.
     rng: keys [B].
     step: k, int32.
 
   Returns:
     (Rows, ratio r(k, K) of the middle time).
   """
-  rng_noise, rng_flow, rng_s, rng_t, rng_drop = flow.split_rows(rng, 5)
+  rng_noise, rng_flow, rng_s, rng_t, rng_drop, rng_dropout = flow.split_rows(rng, 6)
   x = batch['latent']
   is_consistency = consistency_rows(x.shape[0], config.velocity_ratio)
   drawn = [
@@ -513,6 +527,7 @@ def draw_rows(config, batch, rng, step):
   return Rows(
     x, flow.normal_like(rng_noise, x), batch['label'],
     flow.draw_dropped(rng_drop, config.label_dropout), t, s, middle_time(t, s, ratio),
+    augment=batch.get('augment'), dropout=rng_dropout if net.has_dropout else None,
   ), ratio
 
 
@@ -535,7 +550,7 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """See `loss_of_rows` and `draw_rows`."""
-    rows, ratio = draw_rows(config, batch, rng, step)
+    rows, ratio = draw_rows(config, net, batch, rng, step)
     value, metrics = loss_of_rows(config, net, num_classes, params, rows)
     return value, {**metrics, 'consistency/middle_ratio': ratio}
 

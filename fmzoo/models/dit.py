@@ -120,8 +120,14 @@ def make(config, latent_shape, num_classes, pairs=None):
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))
     return net.init(rng, x, t, t, jnp.zeros((1,), jnp.int32))['params']
 
-  def apply(net, params, x, t, duration, labels):
+  def apply(net, params, x, t, duration, labels, *, augment=None, dropout=None):
     """See layers.Network."""
+    for name, value in (('augment', augment), ('dropout', dropout)):
+      if value is not None:
+        raise ValueError(
+          f'{name} of shape {value.shape} was given to a DiT, which has none; pass None, or use'
+          " model.name='unet'"
+        )
     shapes.expect_shape('x', x, None, *latent_shape)
     shapes.expect_shape('t', t, x.shape[0])
     shapes.expect_shape('labels', labels, x.shape[0])

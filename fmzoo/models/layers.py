@@ -22,11 +22,15 @@ class Network(NamedTuple):
   """A velocity-like network as pure functions."""
 
   init: Callable  # (rng) -> params, float32
-  apply: Callable  # (params, x [B, H, W, C], t [B], duration [B] | None, labels [B]) -> like x
+  # (params, x [B, H, W, C], t [B], duration [B] | None, labels [B] int32, *, augment=None,
+  # dropout=None) -> like x; augment [B, 6] labels, None is zeros; dropout keys [B], None is no
+  # dropout. A network without one of them refuses it.
+  apply: Callable
   trainable: Callable  # (params) -> tree of bool
   # Like apply, where rows 2i and 2i + 1 are near points whose difference matters, see `product`;
   # the second has no gradient. None for a network that no such method uses.
   apply_pairs: Callable | None = None
+  has_dropout: bool = False  # whether training wants `dropout` keys
 
 
 class Numerics(NamedTuple):
@@ -165,13 +169,16 @@ class Linear(nn.Module):
   width: int
   numerics: Numerics | None = None
   kernel_init: Callable = xavier
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.width), jnp.float32)
-    bias = self.param('bias', zeros, (self.width,), jnp.float32)
     numerics = self.numerics or Numerics(str(jnp.promote_types(x.dtype, kernel.dtype)))
     y = product(_matmul, x, kernel, numerics)
+    if not self.use_bias:
+      return y
+    bias = self.param('bias', zeros, (self.width,), jnp.float32)
     return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
