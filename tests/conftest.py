@@ -8,6 +8,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax
 import pytest
 
+from tests import soflow_golden_config, soflow_golden_writer
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Most of a test's time is compilation, which optimises little here, and many tests compile the same
@@ -32,3 +34,12 @@ def pytest_addoption(parser):
 def golden_root(request):
   """The folder of recorded arrays, tests/golden unless --golden-root says otherwise."""
   return pathlib.Path(request.config.getoption('--golden-root'))
+
+
+@pytest.fixture(scope='session')
+def written_root(tmp_path_factory):
+  """A folder like `golden_root` of other configurations, written by the float64 references."""
+  folder = tmp_path_factory.mktemp('written')
+  config = soflow_golden_config.SECOND_CONFIG
+  soflow_golden_writer.write_folder(folder / 'soflow', config, seed=0)
+  return folder

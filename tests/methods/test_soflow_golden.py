@@ -1,4 +1,7 @@
-"""SoFlow against numbers recorded from the official code (tests/golden/soflow/README.md)."""
+"""SoFlow against numbers recorded from the official code (tests/golden/soflow/README.md).
+
+And against those of another configuration, written by the float64 reference (soflow_reference).
+"""
 
 import dataclasses
 
@@ -71,9 +74,10 @@ class Golden:
     return soflow.Config(**{**values, **changes})
 
 
-@pytest.fixture(scope='module')
-def golden(golden_root):
-  return Golden(golden_root / 'soflow')
+@pytest.fixture(scope='module', params=['golden_root', 'written_root'])
+def golden(request):
+  """The folder of --golden-root, and one of the reference's."""
+  return Golden(request.getfixturevalue(request.param) / 'soflow')
 
 
 def test_network_outputs(golden):
