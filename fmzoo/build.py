@@ -19,17 +19,17 @@ from fmzoo.methods import base, flow
 from fmzoo.models import digits_encoder, vae
 from fmzoo.parallel import mesh as meshes
 
-METHODS = {  # fmzoo/methods/<name>.py, and what its network must be
-  'fm': {'name': 'dit', 'duration': False},
-  'soflow': {'name': 'dit', 'duration': True},
-  'bfm': {'name': 'blockwise', 'frn_depth': 0},
-  'bfm_frn': {'name': 'blockwise'},
+METHODS = {  # fmzoo/methods/<name>.py, and what its network may be
+  'fm': {'name': ('dit',), 'duration': (False,)},
+  'soflow': {'name': ('dit', 'unet'), 'duration': (True,)},
+  'bfm': {'name': ('blockwise',), 'frn_depth': (0,)},
+  'bfm_frn': {'name': ('blockwise',)},
 }
 STAGES = {'bfm_frn': 'bfm'}  # methods that start from a finished run of another
 CHOICES = {
   'method.name': tuple(METHODS),
   'method.path': flow.PATHS,
-  'model.name': ('dit', 'blockwise'),  # fmzoo/models/<name>.py
+  'model.name': ('dit', 'unet', 'blockwise'),  # fmzoo/models/<name>.py
   'model.dtype': ('float32', 'bfloat16'),
   'model.precision': ('default', 'high', 'highest'),
   'model.attention': ('xla', 'cudnn'),
@@ -263,9 +263,15 @@ def _check_names(config, run):
   for section in ('method', 'model'):
     _check_value(f'{section}.name', config[section].get('name', None))
   name = config.method.name
-  for key, needed in METHODS[name].items():
-    if config.model.get(key, needed) != needed:
-      raise ValueError(f"model.{key}={config.model[key]!r} must be {needed!r} for method '{name}'")
+  for key, fitting in METHODS[name].items():
+    if key in config.model and config.model[key] not in fitting:
+      expected = ' or '.join(repr(value) for value in fitting)
+      raise ValueError(f"model.{key}={config.model[key]!r} must be {expected} for method '{name}'")
+  if config.model.name == 'unet' and config.method.get('guidance', 1) > 1:
+    raise ValueError(
+      f"method.guidance={config.method.guidance} needs a network with labels; with"
+      " model.name='unet', which has none, it must be 1.0"
+    )
   if name in STAGES and not run.init_from:
     raise ValueError(
       f"run.init_from='' must be the workdir of a finished '{STAGES[name]}' run for method '{name}'"

@@ -15,12 +15,13 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'sample': ('step',),
   'evaluate': ('step', 'samples'),
   'convert': ('step', 'weights', 'export'),
-  'bench': ('against', 'runs'),
+  'bench': ('against', 'runs', 'precision'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('step', 'samples'): 'measure a checkpoint or a file',
   ('weights', 'export'): 'read a file of official weights or write one',
   ('step', 'weights'): 'a checkpoint is chosen for --export',
+  ('against', 'precision'): 'compare samplers or policies of rounding',
 }
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
@@ -45,6 +46,8 @@ flags
              config.sample.weights (convert)
   --against  recipe to compare with; its keys as --against.section.key=value (bench)
   --runs     timed runs of each, in turn; default 20 (bench)
+  --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
+             parameters of --workdir if it has a checkpoint, else random ones (bench)
 
 Keys and their meaning: configs/base.py. Data: data/ here, or FMZOO_DATA_DIR.
 """
@@ -82,6 +85,7 @@ def parse(argv):
   for name in ('workdir', 'samples', 'weights', 'export'):
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_boolean('precision', False, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   for name, chosen in recipes.items():
     expect_known_keys(name, chosen, argv)

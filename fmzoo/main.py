@@ -49,8 +49,10 @@ def _convert(recipe, workdir, values):
 
 
 def _bench(recipe, workdir, values):
-  from fmzoo import bench, build
+  from fmzoo import bench, build, precision
 
+  if values.precision:
+    return precision.report(recipe, workdir, runs=values.runs)
   others = [build.recipe(values.against)] if 'against' in values else []
   bench.bench([recipe, *others], runs=values.runs)
 

@@ -6,21 +6,12 @@ middle time, made of two plain forward calls. Source: arXiv:2512.15657 and its o
 """
 
 import dataclasses
-import fractions
-import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fmzoo.methods import base, flow
+from fmzoo.methods import base, flow, soflow_rows, soflow_sampler, soflow_times
 
-SOLUTIONS = ('euler', 'trig')
-SCHEDULES = ('const', 'linear', 'cosine', 'exponent')
-MIN_GAP = 1e-4  # least distance of t from s and from the middle time, official
-DECAY_RATE = 0.025  # of the guidance decay, official
 METRICS = (
   'flow/mse', 'flow/weight', 'flow/mse_unscaled', 'consistency/mse', 'consistency/weight'
 )
@@ -47,111 +38,12 @@ class Config:
   middle_final: float  # r at k = K
 
 
-def solution_coefficients(solution, t, s):
-  """Returns a, b of f(x, t, s) = a x + b NN(x, t, s), and their derivatives.
-
-    euler: a = 1,       b = s - t
-    trig:  a = cos(u),  b = sin(u),  u = pi (s - t) / 2
-
-  Args:
-    solution: 'euler' or 'trig'.
-    t: times; s: target times, of the same shape.
-
-  Returns:
-    (a, b, da/dt, da/ds, db/dt, db/ds), each like t.
-  """
-  if solution == 'euler':
-    one, zero = jnp.ones_like(t), jnp.zeros_like(t)
-    return one, s - t, zero, zero, -one, one
-  u, rate = jnp.pi / 2 * (s - t), jnp.pi / 2
-  cos, sin = jnp.cos(u), jnp.sin(u)
-  return cos, sin, rate * sin, -rate * sin, -rate * cos, rate * cos
-
-
-def solve(net, params, solution, x, t, s, labels):
-  """Moves points from t to s: f(x, t, s) = a x + b NN(x, t, t - s).
-
-  Args:
-    net: models.layers.Network with a duration input.
-    params: tree.
-    solution: 'euler' or 'trig'.
-    x: [B, H, W, C] at t; t, s: [B], s <= t; labels: [B] int32.
-
-  Returns:
-    [B, H, W, C] at s.
-  """
-  a, b, *_ = (flow.expand_as(c, x) for c in solution_coefficients(solution, t, s))
-  return a * x + b * net.apply(params, x, t, t - s, labels)
-
-
-def velocity_scale(solution):
-  """Returns db/ds at s = t: the velocity is this times NN(x, t, 0)."""
-  return 1.0 if solution == 'euler' else math.pi / 2
-
-
-def guidance_decay(t, decay_time):
-  """Returns the factor on the guidance at t: 1 up to decay_time, then 1 - exp(-0.025 q / (1 - q)).
-
-  q = (1 - t) / (1 - decay_time), at most 1 - 1e-6; decay_time 1 gives 1 everywhere.
-
-  Args:
-    t: [B]; decay_time: tau.
-
-  Returns:
-    [B] in [0, 1].
-  """
-  if decay_time >= 1:
-    return jnp.ones_like(t)
-  q = jnp.clip((1 - t) / (1 - decay_time), 0.0, 1 - 1e-6)
-  return jnp.where(t <= decay_time, 1.0, 1 - jnp.exp(-DECAY_RATE * q / (1 - q)))
-
-
-def middle_ratio(schedule, initial, final, step, total_steps):
-  """Returns r(k, K), the distance of the middle time from t in units of t - s.
-
-    const: e     linear: i + (e - i) k/K     cosine: e + (i - e)(1 + cos(pi k/K)) / 2
-    exponent: i (e / i)^(k/K), from the nearer end
-
-  Args:
-    schedule: one of SCHEDULES; initial: i; final: e.
-    step: k, traced int32 or a plain int; total_steps: K.
-
-  Returns:
-    [] float32; float64 for a plain int.
-  """
-  traced = isinstance(step, jax.Array)
-  xp, number = (jnp, jnp.float32) if traced else (np, np.float64)
-  # Steps left are exact whole numbers; 1 - k / K would lose digits where r is smallest.
-  done = xp.asarray(step, number) / total_steps
-  left = xp.asarray(total_steps - step, number) / total_steps
-  if schedule == 'const':
-    return xp.asarray(final, number)
-  if schedule == 'linear':
-    return initial * left + final * done
-  if schedule == 'cosine':
-    return final + (initial - final) * xp.sin(xp.pi / 2 * left) ** 2
-  # A float32 exponential loses digits in proportion to its exponent: half as many from either end.
-  log = math.log(final / initial)
-  return xp.where(done < left, initial * xp.exp(log * done), final * xp.exp(-log * left))
-
-
-def middle_time(t, s, ratio):
-  """Returns min(t + (s - t) r, t - 1e-4), between s and t: all [B]."""
-  return jnp.minimum(t + (s - t) * ratio, t - MIN_GAP)
-
-
-def consistency_times(s_drawn, t_drawn):
-  """Orders a pair of drawn times: t = max(t, 1e-4), s = min(s, t - 1e-4); returns (t, s)."""
-  t = jnp.maximum(t_drawn, MIN_GAP)
-  return t, jnp.minimum(s_drawn, t - MIN_GAP)
-
-
 def guided_target(config, v_t, v_null, v_own, t):
   """Returns m (v_t + d (omega - 1)(v_t - v_null)) + (1 - m) v_own, d = guidance_decay(t).
 
   Guidance pushes the sample velocity, not a network output, away from the null velocity.
   """
-  decay = flow.expand_as(guidance_decay(t, config.guidance_decay_time), v_t)
+  decay = flow.expand_as(soflow_times.guidance_decay(t, config.guidance_decay_time), v_t)
   guided = v_t + decay * (config.guidance - 1) * (v_t - v_null)
   return guided if config.mix_ratio == 1 else (
     config.mix_ratio * guided + (1 - config.mix_ratio) * v_own
@@ -174,7 +66,7 @@ def velocity_terms(config, v, target):
     (terms [n], squared error e [n], weight [n]).
   """
   error = flow.row_mean((v - target) ** 2)
-  weight = adaptive_weight(config, error) / velocity_scale(config.solution)
+  weight = adaptive_weight(config, error) / soflow_times.velocity_scale(config.solution)
   return weight * error, error, weight
 
 
@@ -195,8 +87,8 @@ def difference_quotient(config, x_t, *, n_t, n_mid, velocity, t, s, t_mid):
   gap = flow.expand_as(t - t_mid, x_t)
   if config.solution == 'euler':
     return velocity - n_mid - flow.expand_as(t - s, x_t) / gap * (n_t - n_mid)
-  a, b, *_ = solution_coefficients(config.solution, t, s)
-  a_mid, b_mid, *_ = solution_coefficients(config.solution, t_mid, s)
+  a, b, *_ = soflow_times.solution_coefficients(config.solution, t, s)
+  a_mid, b_mid, *_ = soflow_times.solution_coefficients(config.solution, t_mid, s)
   a, b, a_mid, b_mid = (flow.expand_as(c, x_t) for c in (a, b, a_mid, b_mid))
   x_mid = x_t - velocity * gap
   return (a * x_t + b * n_t - a_mid * x_mid - b_mid * n_mid) / gap
@@ -214,83 +106,8 @@ def consistency_terms(config, n_t, quotient, t, s):
   quotient = jax.lax.stop_gradient(quotient)
   error = flow.row_mean(quotient**2)
   weight = adaptive_weight(config, error)
-  _, b, *_ = solution_coefficients(config.solution, t, s)
+  _, b, *_ = soflow_times.solution_coefficients(config.solution, t, s)
   return jnp.sign(b) * weight * flow.row_mean(n_t * quotient), error, weight
-
-
-class Rows(NamedTuple):
-  """All that a loss needs to know about its rows; s and t_mid matter in consistency rows only."""
-
-  x: jax.Array  # [B, H, W, C] data
-  noise: jax.Array  # [B, H, W, C]
-  labels: jax.Array | None  # [B] int32; None is the null label everywhere, and no guidance
-  dropped: jax.Array  # [B] bool, rows trained with the null label; ignored without guidance
-  t: jax.Array  # [B]
-  s: jax.Array  # [B], s <= t_mid < t
-  t_mid: jax.Array  # [B]
-  augment: jax.Array | None = None  # [B, 6] augmentation labels of the network
-  dropout: jax.Array | None = None  # keys [B]; both passes of a consistency row share its masks
-
-  def options(self):
-    """Returns the network's keywords that are given."""
-    given = {'augment': self.augment, 'dropout': self.dropout}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def row_period(velocity_ratio):
-  """Returns (period, consistency rows in it), the smallest whole numbers in this ratio.
-
-  A ratio that is no fraction of at most 64 parts is replaced by the nearest one.
-  """
-  ratio = fractions.Fraction(velocity_ratio).limit_denominator(64)
-  return ratio.denominator, ratio.denominator - ratio.numerator
-
-
-def row_blocks(size, velocity_ratio):
-  """Returns [(groups, rows in a group, consistency rows at its head)] of a batch.
-
-  First all whole groups of `row_period`, then what is left over as one short group. So a row's use
-  depends on its index alone and every device has its share. With a ratio that is a fraction of at
-  most 64 parts, floor(ratio size + 1e-6) rows are for flow matching.
-  """
-  period, head = row_period(velocity_ratio)
-  rest = size % period
-  rest_head = rest - math.floor(velocity_ratio * rest + 1e-6)
-  blocks = [(size // period, period, head), (1, rest, rest_head)]
-  return [block for block in blocks if block[0] * block[1]]
-
-
-def consistency_rows(size, velocity_ratio):
-  """Returns which rows train the consistency loss: numpy bool [B]; the others flow matching."""
-  return np.concatenate([
-    np.tile(np.arange(rows) < head, groups)
-    for groups, rows, head in row_blocks(size, velocity_ratio)
-  ])
-
-
-def cut(a, sizes):
-  """Cuts rows [B, ...] into one array [groups, rows, ...] for each (groups, rows) of `sizes`."""
-  ends = np.cumsum([groups * rows for groups, rows in sizes])
-  return [
-    part.reshape(*size, *a.shape[1:]) for part, size in zip(jnp.split(a, ends[:-1]), sizes)
-  ]
-
-
-def join(blocks):
-  """Inverts `cut`: a list of [groups, rows, ...] -> [B, ...]."""
-  rows = [block.reshape(-1, *block.shape[2:]) for block in blocks]
-  return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-
-
-def split_batch(a, velocity_ratio):
-  """Returns the (consistency, flow) rows of a [B, ...]; slices alone, so none changes device."""
-  blocks = row_blocks(a.shape[0], velocity_ratio)
-  parts = cut(a, [block[:2] for block in blocks])
-  heads = [head for _, _, head in blocks]
-  return (
-    join([part[:, :head] for part, head in zip(parts, heads)]),
-    join([part[:, head:] for part, head in zip(parts, heads)]),
-  )
 
 
 def free_velocities(config, net, num_classes, params, rows):
@@ -304,29 +121,31 @@ def free_velocities(config, net, num_classes, params, rows):
     (null velocity of all rows [B, H, W, C], own velocity of the consistency rows, [n, H, W, C]);
     with mix_ratio = 1 nobody needs the second and n is 0.
   """
-  blocks = row_blocks(rows.x.shape[0], config.velocity_ratio)
+  blocks = soflow_rows.row_blocks(rows.x.shape[0], config.velocity_ratio)
   if config.mix_ratio == 1:
     blocks = [(groups, count, 0) for groups, count, _ in blocks]
   sizes = [block[:2] for block in blocks]
 
   def extend(a, again):  # every group by its consistency rows: no row moves to another device
-    return join([
+    return soflow_rows.join([
       jnp.concatenate([one, two[:, :head]], axis=1)
-      for one, two, (_, _, head) in zip(cut(a, sizes), cut(again, sizes), blocks)
+      for one, two, (_, _, head) in zip(
+        soflow_rows.cut(a, sizes), soflow_rows.cut(again, sizes), blocks
+      )
     ])
 
   x_t = flow.interpolate(config.path, rows.x, rows.noise, rows.t)
   x_t, t = extend(x_t, x_t), extend(rows.t, rows.t)
   labels = extend(jnp.full_like(rows.labels, num_classes), rows.labels)
   v = net.apply(jax.lax.stop_gradient(params), x_t, t, jnp.zeros_like(t), labels)
-  parts = cut(
-    velocity_scale(config.solution) * v,
+  parts = soflow_rows.cut(
+    soflow_times.velocity_scale(config.solution) * v,
     [(groups, count + head) for groups, count, head in blocks],
   )
   counts = [count for _, count in sizes]
   return (
-    join([part[:, :count] for part, count in zip(parts, counts)]),
-    join([part[:, count:] for part, count in zip(parts, counts)]),
+    soflow_rows.join([part[:, :count] for part, count in zip(parts, counts)]),
+    soflow_rows.join([part[:, count:] for part, count in zip(parts, counts)]),
   )
 
 
@@ -361,7 +180,7 @@ def flow_loss(config, net, params, rows, v_null):
   out = net.apply(
     params, x_t, rows.t, jnp.zeros_like(rows.t), rows.labels, **rows.options()
   )
-  v = velocity_scale(config.solution) * out
+  v = soflow_times.velocity_scale(config.solution) * out
   terms, error, weight = velocity_terms(config, v, target_velocity(config, rows, v_null, v))
   # A guided row's target holds (1 - m) of the network itself, so its error is m times less.
   shrunk = 1.0 if v_null is None else jnp.where(rows.dropped, 1.0, config.mix_ratio)
@@ -441,7 +260,7 @@ def loss_of_rows(config, net, num_classes, params, rows):
     (loss [], {metric: []}); the metrics of a loss without rows are 0.
   """
   size, ratio = rows.x.shape[0], config.velocity_ratio
-  is_consistency = consistency_rows(size, ratio)
+  is_consistency = soflow_rows.consistency_rows(size, ratio)
   guided = rows.labels is not None and config.guidance > 1
   null = jnp.full((size,), num_classes, jnp.int32)
   labels = null if rows.labels is None else rows.labels
@@ -450,9 +269,9 @@ def loss_of_rows(config, net, num_classes, params, rows):
   null_consistency = null_flow = v_own = None
   if guided:
     v_null, v_own = free_velocities(config, net, num_classes, params, rows)
-    null_consistency, null_flow = split_batch(v_null, ratio)
-  split = [(None, None) if a is None else split_batch(a, ratio) for a in rows]
-  of_consistency, of_flow = (Rows(*part) for part in zip(*split))
+    null_consistency, null_flow = soflow_rows.split_batch(v_null, ratio)
+  split = [(None, None) if a is None else soflow_rows.split_batch(a, ratio) for a in rows]
+  of_consistency, of_flow = (soflow_rows.Rows(*part) for part in zip(*split))
   total, metrics = 0.0, dict.fromkeys(METRICS, jnp.zeros(1))
   if not is_consistency.all():
     value, found = flow_loss(config, net, params, of_flow, null_flow)
@@ -463,72 +282,6 @@ def loss_of_rows(config, net, num_classes, params, rows):
     )
     total, metrics = total + value, metrics | found
   return total / size, {name: jnp.mean(value) for name, value in metrics.items()}
-
-
-def few_step_sample(net, params, config, x, labels, renoise):
-  """Generates with T network calls on the grid 1, 1 - 1/T, ..., 1/T.
-
-  With new noise (the paper): x <- f(x, t_i, 0), then a(t_{i+1}) x + b(t_{i+1}) noise_i, and at last
-  f(x, t_{T-1}, 0). Without: x <- f(x, t_i, t_{i+1}) down to 0.
-
-  Args:
-    net, params, config: as elsewhere.
-    x: [B, H, W, C] noise at t = 1.
-    labels: [B] int32.
-    renoise: [T - 1, B, H, W, C] new noise, or the number T for none.
-
-  Returns:
-    [B, H, W, C].
-  """
-  chained = isinstance(renoise, int)
-  steps = renoise if chained else renoise.shape[0] + 1
-  times = jnp.asarray([1 - i / steps for i in range(steps + 1)], jnp.float32)
-
-  def move(x, t, s):
-    full = functools.partial(jnp.full, labels.shape)
-    return solve(net, params, config.solution, x, full(t), full(s), labels)
-
-  def step(x, now):
-    t, t_next, noise = now
-    if chained:
-      return move(x, t, t_next), None
-    a, b, _, _ = flow.path_coefficients(config.path, t_next)
-    return a * move(x, t, 0.0) + b * noise, None
-
-  xs = (times[:-2], times[1:-1], jnp.zeros(steps - 1) if chained else renoise)
-  x, _ = jax.lax.scan(step, x, xs)
-  return move(x, times[-2], 0.0)
-
-
-def draw_rows(config, net, batch, rng, step):
-  """Draws all that is random in a training step, per row.
-
-  Args:
-    config: Config; net: models.layers.Network.
-    batch: {'latent': [B, H, W, C], 'label': [B]}, and 'augment' [B, 6] where images were augmented.
-    rng: keys [B].
-    step: k, int32.
-
-  Returns:
-    (Rows, ratio r(k, K) of the middle time).
-  """
-  rng_noise, rng_flow, rng_s, rng_t, rng_drop, rng_dropout = flow.split_rows(rng, 6)
-  x = batch['latent']
-  is_consistency = consistency_rows(x.shape[0], config.velocity_ratio)
-  drawn = [
-    flow.logit_normal_times(key, mean, std)
-    for key, mean, std in zip((rng_flow, rng_s, rng_t), config.time_mean, config.time_std)
-  ]
-  t, s = consistency_times(*drawn[1:])
-  t = jnp.where(is_consistency, t, drawn[0])
-  ratio = middle_ratio(
-    config.middle_schedule, config.middle_initial, config.middle_final, step, config.total_steps
-  )
-  return Rows(
-    x, flow.normal_like(rng_noise, x), batch['label'],
-    flow.draw_dropped(rng_drop, config.label_dropout), t, s, middle_time(t, s, ratio),
-    augment=batch.get('augment'), dropout=rng_dropout if net.has_dropout else None,
-  ), ratio
 
 
 def make(config, net, latent_shape, num_classes):
@@ -550,7 +303,7 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """See `loss_of_rows` and `draw_rows`."""
-    rows, ratio = draw_rows(config, net, batch, rng, step)
+    rows, ratio = soflow_rows.draw_rows(config, net, batch, rng, step)
     value, metrics = loss_of_rows(config, net, num_classes, params, rows)
     return value, {**metrics, 'consistency/middle_ratio': ratio}
 
@@ -573,13 +326,13 @@ def make(config, net, latent_shape, num_classes):
     like = jnp.zeros((labels.shape[0], *latent_shape))
     noises = [flow.normal_like(key, like) for key in keys]
     fresh = jnp.stack(noises[1:]) if num_steps > 1 else jnp.zeros((0, *like.shape))
-    return few_step_sample(
-      net, params, config, noises[0], labels, fresh if renoise else num_steps
+    return soflow_sampler.few_step_sample(
+      net, params, noises[0], labels, config=config, renoise=fresh if renoise else num_steps
     )
 
   return base.Method(
     net.init, loss, sample, net.trainable, ('latent', 'label'),
-    period=row_period(config.velocity_ratio)[0],
+    period=soflow_rows.row_period(config.velocity_ratio)[0],
   )
 
 
@@ -587,8 +340,8 @@ def _check(config):
   """Refuses settings that are unknown or that the loss would silently ignore."""
   for key, value, known in (
     ('path', config.path, flow.PATHS),
-    ('solution', config.solution, SOLUTIONS),
-    ('middle_schedule', config.middle_schedule, SCHEDULES),
+    ('solution', config.solution, soflow_times.SOLUTIONS),
+    ('middle_schedule', config.middle_schedule, soflow_times.SCHEDULES),
   ):
     if value not in known:
       raise ValueError(f"method.{key}='{value}' is unknown; use one of {', '.join(known)}")

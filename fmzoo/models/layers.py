@@ -108,8 +108,7 @@ def product(op, a, b, numerics, *, has_rows=False):
     backward pass have operands of numerics.dtype, those with gradients included.
   """
   if not numerics.pairs:
-    out = jnp.dtype(numerics.dtype) if numerics.dtype not in DTYPES else jnp.float32
-    return rounded_product(op, a, b, numerics.dtype, numerics.dtype, out)
+    return rounded_product(op, a, b, numerics.dtype, numerics.dtype, _result(numerics.dtype))
   wide_out, fixed = wide(a).dtype, jax.lax.stop_gradient
   (first, step), (b, b_step) = _pair(a), _pair(b) if has_rows else (b, None)
   y = rounded_product(op, first, b, numerics.pairs, numerics.dtype, wide_out)
@@ -121,6 +120,11 @@ def product(op, a, b, numerics, *, has_rows=False):
   difference = add(step, b + b_step) + add(first, b_step) if has_rows else add(step, b)
   y = jnp.stack([y, fixed(y) + difference], axis=1)
   return y.reshape(-1, *y.shape[2:])
+
+
+def _result(dtype):
+  """The dtype of a product that nobody widens."""
+  return jnp.dtype('float32' if dtype in DTYPES else dtype)
 
 
 def _pair(rows):
@@ -149,7 +153,7 @@ def _rounded_product_jvp(op, dtype, grad_dtype, out, primals, tangents):
   terms = [(a_dot, b), (a, b_dot)]
   zero = jax.custom_derivatives.SymbolicZero
   products = [
-    rounded_product(op, *term, grad_dtype, grad_dtype, jnp.dtype(grad_dtype)).astype(y.dtype)
+    rounded_product(op, *term, grad_dtype, grad_dtype, _result(grad_dtype)).astype(y.dtype)
     for term in terms if not any(isinstance(part, zero) for part in term)
   ]
   return y, sum(products[1:], products[0])

@@ -86,8 +86,8 @@ class Attention(nn.Module):
   def __call__(self, x):
     b, h, w, c = x.shape
     tokens = group_norm(self.groups, 'norm')(x).reshape(b, h * w, c)  # row by row
-    q, k, v = (layers.dense(c, name=name)(tokens)[:, :, None] for name in 'qkv')  # [B, N, 1, C]
-    out = layers.dense(c, name='proj')(layers.attend(q, k, v)[:, :, 0])
+    q, k, v = (layers.Linear(c, name=name)(tokens)[:, :, None] for name in 'qkv')  # [B, N, 1, C]
+    out = layers.Linear(c, name='proj')(layers.attend(q, k, v, layers.Numerics())[:, :, 0])
     return x + out.reshape(x.shape)
 
 

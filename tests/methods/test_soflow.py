@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fmzoo import cost
-from fmzoo.methods import flow, soflow
+from fmzoo.methods import flow, soflow, soflow_rows, soflow_sampler, soflow_times
 from fmzoo.models import layers
 from tests import tiny
 
@@ -28,7 +28,7 @@ def rows(size, seed=0):
   rng = np.random.default_rng(seed)
   batch = tiny.batch(size, seed=seed)
   s, t_mid, t = np.sort(rng.uniform(0.05, 0.95, (3, size)).astype(np.float32), axis=0)
-  return soflow.Rows(
+  return soflow_rows.Rows(
     batch['latent'], rng.standard_normal(batch['latent'].shape).astype(np.float32),
     batch['label'], rng.random(size) < 0.2, t, s, t_mid,
   )
@@ -48,35 +48,37 @@ def net():
   return made, tiny.warm(made.init(jax.random.key(0)))
 
 
-@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+@pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
 def test_a_point_moved_to_its_own_time_stays(net, solution):
   x, t = rows(5).x, rows(5).t
-  moved = soflow.solve(*net, solution, x, t, t, jnp.zeros(5, jnp.int32))
+  moved = soflow_sampler.solve(
+    *net, x, solution=solution, t=t, s=t, labels=jnp.zeros(5, jnp.int32)
+  )
   np.testing.assert_allclose(moved, x, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+@pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
 def test_velocity_is_the_derivative_of_the_solution(net, solution):
   x, t, labels = rows(5).x, rows(5).t, jnp.zeros(5, jnp.int32)
   h = 1e-2
 
   def solve(s):
-    return soflow.solve(*net, solution, x, t, s, labels)
+    return soflow_sampler.solve(*net, x, solution=solution, t=t, s=s, labels=labels)
 
   difference = (solve(t + h) - solve(t - h)) / (2 * h)
   made, params = net
-  velocity = soflow.velocity_scale(solution) * made.apply(params, x, t, 0 * t, labels)
+  velocity = soflow_times.velocity_scale(solution) * made.apply(params, x, t, 0 * t, labels)
   np.testing.assert_allclose(difference, velocity, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+@pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
 @pytest.mark.parametrize('path', flow.PATHS)
 def test_derivatives_of_the_coefficients(path, solution):
   t, s = jnp.float32(0.7), jnp.float32(0.3)
-  a, b, a_t, a_s, b_t, b_s = soflow.solution_coefficients(solution, t, s)
+  a, b, a_t, a_s, b_t, b_s = soflow_times.solution_coefficients(solution, t, s)
   for index, (by_t, by_s) in ((0, (a_t, a_s)), (1, (b_t, b_s))):
     exact = jax.grad(
-      lambda t, s, i=index: soflow.solution_coefficients(solution, t, s)[i], argnums=(0, 1)
+      lambda t, s, i=index: soflow_times.solution_coefficients(solution, t, s)[i], argnums=(0, 1)
     )(t, s)
     np.testing.assert_allclose((by_t, by_s), exact, atol=1e-6)
   alpha, beta, d_alpha, d_beta = flow.path_coefficients(path, t)
@@ -107,19 +109,19 @@ def test_the_exact_operator_of_one_image_has_zero_loss():
 @pytest.mark.parametrize('ratio', [0.0, 0.25, 0.29, 0.5, 0.6, 0.75, 1.0])
 def test_every_batch_size_keeps_the_ratio(ratio):
   for size in (*range(1, 18), 100):
-    chosen = soflow.consistency_rows(size, ratio)
+    chosen = soflow_rows.consistency_rows(size, ratio)
     assert chosen.shape == (size,)
     assert size - chosen.sum() == int(ratio * size + 1e-6)
-    of_consistency, of_flow = soflow.split_batch(np.arange(size), ratio)
+    of_consistency, of_flow = soflow_rows.split_batch(np.arange(size), ratio)
     np.testing.assert_array_equal(of_consistency, np.flatnonzero(chosen))
     np.testing.assert_array_equal(of_flow, np.flatnonzero(~chosen))
 
 
 @pytest.mark.parametrize('size', [4, 7, 8, 17])
 def test_the_use_of_a_row_depends_on_its_index_in_the_period(size):
-  np.testing.assert_array_equal(soflow.consistency_rows(size, 0.75), np.arange(size) % 4 == 0)
-  assert soflow.row_period(0.75) == (4, 1)
-  assert [soflow.row_period(r)[0] for r in (0.0, 1.0)] == [1, 1]
+  np.testing.assert_array_equal(soflow_rows.consistency_rows(size, 0.75), np.arange(size) % 4 == 0)
+  assert soflow_rows.row_period(0.75) == (4, 1)
+  assert [soflow_rows.row_period(r)[0] for r in (0.0, 1.0)] == [1, 1]
 
 
 def bend(params, x, t, duration, labels):
@@ -147,7 +149,7 @@ def test_no_row_moves_to_another_device():
 @pytest.mark.parametrize('config', [CONFIG, GUIDED])
 def test_a_batch_is_the_mean_of_its_two_losses(config, size):
   """The joint loss on mixed rows equals the two losses on their own rows, gradients too."""
-  given, is_consistency = rows(size), soflow.consistency_rows(size, 0.75)
+  given, is_consistency = rows(size), soflow_rows.consistency_rows(size, 0.75)
 
   def loss(ratio, keep):
     part = jax.tree.map(lambda a: a[keep], given)
@@ -182,7 +184,7 @@ def test_the_mask_of_dropped_labels_is_ignored_without_guidance():
   assert loss(GUIDED, True) != loss(GUIDED, False)
 
 
-@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+@pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
 def test_difference_quotient_is_its_definition(solution):
   config = dataclasses.replace(CONFIG, solution=solution)
   given = rows(6)
@@ -200,7 +202,7 @@ def test_difference_quotient_is_its_definition(solution):
   np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize('solution', soflow.SOLUTIONS)
+@pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
 def test_consistency_gradient_is_that_of_the_squared_distance(solution):
   """The gradient of mean over rows of w |f_t - f_mid|^2 / (2 |b| (t - t_mid)), f_mid constant."""
   config = dataclasses.replace(CONFIG, solution=solution, velocity_ratio=0.0)
@@ -210,13 +212,15 @@ def test_consistency_gradient_is_that_of_the_squared_distance(solution):
   x_mid = x_t - (given.noise - given.x) * flow.expand_as(gap, x_t)
 
   def solve(p, x, t):
-    return soflow.solve(BEND, p, solution, x, t, given.s, given.labels)
+    return soflow_sampler.solve(
+      BEND, p, x, solution=solution, t=t, s=given.s, labels=given.labels
+    )
 
   def distance(p):
     f_t, f_mid = solve(p, x_t, given.t), jax.lax.stop_gradient(solve(params, x_mid, given.t_mid))
     square = flow.row_mean((f_t - f_mid) ** 2)
     weight = jax.lax.stop_gradient(1 / (square / gap**2 + 0.01))
-    b = soflow.solution_coefficients(solution, given.t, given.s)[1]
+    b = soflow_times.solution_coefficients(solution, given.t, given.s)[1]
     return jnp.mean(weight * square / (2 * jnp.abs(b) * gap))
 
   ours = jax.grad(lambda p: soflow.loss_of_rows(config, BEND, 10, p, given)[0])(params)
@@ -264,7 +268,7 @@ def test_flops_of_a_guided_step_are_four_and_a_half_forward_units(net):
   assert 4.35 < (cost.matmul_flops(step, params) - attention) / one <= 4.5
 
 
-@pytest.mark.parametrize('schedule', soflow.SCHEDULES)
+@pytest.mark.parametrize('schedule', soflow_times.SCHEDULES)
 @pytest.mark.parametrize('initial,final,total', [
   (0.1, 0.002, 1_200_000), (1.0, 0.0003125, 800_000),
 ])
@@ -272,9 +276,9 @@ def test_middle_ratio_in_float32(schedule, initial, final, total):
   """The traced ratio against float64, over both official schedules and all their length."""
   steps = np.unique(np.linspace(0, total, 5000).astype(np.int32))
   traced = jax.jit(jax.vmap(
-    lambda k: soflow.middle_ratio(schedule, initial, final, k, total) * jnp.ones(())
+    lambda k: soflow_times.middle_ratio(schedule, initial, final, k, total) * jnp.ones(())
   ))(steps)
-  exact = [soflow.middle_ratio(schedule, initial, final, int(k), total) for k in steps]
+  exact = [soflow_times.middle_ratio(schedule, initial, final, int(k), total) for k in steps]
   np.testing.assert_allclose(traced, exact, rtol=1e-6)
   if schedule != 'const':
     np.testing.assert_allclose((exact[0], exact[-1]), (initial, final), rtol=1e-12)
@@ -283,8 +287,8 @@ def test_middle_ratio_in_float32(schedule, initial, final, total):
 def test_middle_time_stays_below_t():
   t = jnp.float32([0.9, 0.5, 1e-4])
   s = jnp.float32([0.1, 0.4999, 0.0])
-  np.testing.assert_allclose(soflow.middle_time(t, s, 0.1), [0.82, 0.4999, 0.0], atol=1e-6)
-  t, s = soflow.consistency_times(jnp.float32([0.7, 0.2, 0.0]), jnp.float32([0.5, 0.6, 0.0]))
+  np.testing.assert_allclose(soflow_times.middle_time(t, s, 0.1), [0.82, 0.4999, 0.0], atol=1e-6)
+  t, s = soflow_times.consistency_times(jnp.float32([0.7, 0.2, 0.0]), jnp.float32([0.5, 0.6, 0.0]))
   np.testing.assert_allclose(t, [0.5, 0.6, 1e-4], atol=1e-7)
   np.testing.assert_allclose(s, [0.4999, 0.2, 0.0], atol=1e-7)
 
@@ -293,9 +297,9 @@ def test_guidance_decay_values():
   """Values that the specification quotes for tau = 0.8."""
   t = jnp.float32([0.1, 0.8, 0.801, 0.805, 0.82, 0.9, 1.0])
   np.testing.assert_allclose(
-    soflow.guidance_decay(t, 0.8), [1, 1, 0.993, 0.62, 0.20, 0.025, 0], atol=5e-3
+    soflow_times.guidance_decay(t, 0.8), [1, 1, 0.993, 0.62, 0.20, 0.025, 0], atol=5e-3
   )
-  np.testing.assert_array_equal(soflow.guidance_decay(t, 1.0), 1)
+  np.testing.assert_array_equal(soflow_times.guidance_decay(t, 1.0), 1)
 
 
 def test_dropped_rows_are_trained_without_guidance():
@@ -332,7 +336,9 @@ def test_chained_sampling_with_exact_velocity_is_exact():
 
   net, noise = layers.Network(None, apply, None, apply), rows(3).noise
   for renoise in (1, 4, jnp.asarray(np.stack([rows(3, seed=i).noise for i in (1, 2)]))):
-    out = soflow.few_step_sample(net, None, CONFIG, noise, jnp.zeros(3, jnp.int32), renoise)
+    out = soflow_sampler.few_step_sample(
+      net, None, noise, jnp.zeros(3, jnp.int32), config=CONFIG, renoise=renoise
+    )
     np.testing.assert_allclose(out, np.repeat(image, 3, axis=0), rtol=0, atol=1e-5)
 
 

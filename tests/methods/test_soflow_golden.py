@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fmzoo import inputs, optimizer, pictures, step
 from fmzoo.convert import soflow as convert
-from fmzoo.methods import flow, soflow
+from fmzoo.methods import flow, soflow, soflow_rows, soflow_sampler, soflow_times
 from fmzoo.models import dit, layers
 from tests import golden_files as files
 from tests import tiny
@@ -91,8 +91,10 @@ def test_network_outputs(golden):
 
   check('dit.net', golden.net.apply(golden.params, x, t, t - s, y))
   check('dit.net_null', golden.net.apply(golden.params, x, t, t - s, null))
-  check('dit.solution', soflow.solve(golden.net, golden.params, config.solution, x, t, s, y))
-  scale = soflow.velocity_scale(config.solution)
+  check('dit.solution', soflow_sampler.solve(
+    golden.net, golden.params, x, solution=config.solution, t=t, s=s, labels=y
+  ))
+  scale = soflow_times.velocity_scale(config.solution)
   check('dit.velocity', scale * golden.net.apply(golden.params, x, t, 0 * t, y))
   check('dit.velocity_null', scale * golden.net.apply(golden.params, x, t, 0 * t, null))
 
@@ -149,13 +151,15 @@ def test_schedules_and_tables(golden):
       np.testing.assert_allclose(value, a[f'sched.{name}.{key}'], err_msg=key, **exact)
   keys = ('a', 'b', 'a_grad_t', 'a_grad_s', 'b_grad_t', 'b_grad_s')
   for name in config['sched_coef']:
-    values = soflow.solution_coefficients(SOLUTIONS[name], t, s)
+    values = soflow_times.solution_coefficients(SOLUTIONS[name], t, s)
     for key, value in zip(keys, values):
       np.testing.assert_allclose(value, a[f'sched.{name}.{key}'], err_msg=key, **exact)
   for i, case in enumerate(config['rk']):
     steps = a[f'rk.{i}.k']
     ratio = np.array([
-      soflow.middle_ratio(case['method'].lower(), case['init'], case['end'], int(k), case['K'])
+      soflow_times.middle_ratio(
+        case['method'].lower(), case['init'], case['end'], int(k), case['K']
+      )
       for k in steps
     ])
     np.testing.assert_allclose(ratio, a[f'rk.{i}.ratio'], rtol=1e-12)
@@ -163,11 +167,11 @@ def test_schedules_and_tables(golden):
     time, target = a['rk.t'][None], a['rk.s'][None]
     raw = time + (target - time) * exact_ratio[:, None]
     np.testing.assert_allclose(raw, a[f'rk.{i}.l_raw'], **exact)
-    middle = soflow.middle_time(time, target, exact_ratio[:, None])
+    middle = soflow_times.middle_time(time, target, exact_ratio[:, None])
     np.testing.assert_allclose(middle, a[f'rk.{i}.l'], **exact)
   for name in a.names('cfgdecay.'):
     if name != 'cfgdecay.t':
-      value = soflow.guidance_decay(a['cfgdecay.t'], float(name.removeprefix('cfgdecay.')))
+      value = soflow_times.guidance_decay(a['cfgdecay.t'], float(name.removeprefix('cfgdecay.')))
       np.testing.assert_allclose(value, a[name], err_msg=name, **exact)
   np.testing.assert_allclose(layers.sinusoid(a['temb.t']), a['temb.dit256'], **exact)
   for name in a.names('posembed.'):
@@ -182,7 +186,7 @@ def test_times(golden):
     jax.nn.sigmoid(std * a[f'time.normal{i}'] + mean)
     for i, (mean, std) in enumerate(zip(config['time_mean'], config['time_std']))
   ]
-  t, s = soflow.consistency_times(draws[1], draws[2])
+  t, s = soflow_times.consistency_times(draws[1], draws[2])
   for value, name in ((draws[0], 't_vel'), (t, 't_con'), (s, 's_con')):
     np.testing.assert_allclose(value, a[f'time.{name}'], rtol=0, atol=2e-6, err_msg=name)
 
@@ -193,7 +197,7 @@ def rows_of(golden, case, kind):
   t = a[f'{case}.t']
   labels = golden.labels(f'{case}.labels') if f'{case}.labels' in a else None
   s, t_mid = (a[f'{case}.s'], a[f'{case}.l']) if kind == 'con' else (t, t)
-  return soflow.Rows(
+  return soflow_rows.Rows(
     golden.image(f'{case}.x0'), golden.image(f'{case}.x1'), labels, a[f'{case}.mask'], t, s, t_mid
   )
 
@@ -238,7 +242,7 @@ def test_three_training_steps(golden):
   a, train = golden.arrays, golden.config['train']
   config = golden.settings(velocity_ratio=train['velocity_loss_ratio'])
   size = len(a['train.x0'])
-  is_consistency = soflow.consistency_rows(size, config.velocity_ratio)
+  is_consistency = soflow_rows.consistency_rows(size, config.velocity_ratio)
   order = np.empty(size, int)  # theirs: flow rows, then consistency rows; ours: see row_blocks
   order[~is_consistency] = np.arange(size - is_consistency.sum())
   order[is_consistency] = np.arange(size - is_consistency.sum(), size)
@@ -249,7 +253,7 @@ def test_three_training_steps(golden):
   s, t_mid = t.copy(), t.copy()
   s[is_consistency], t_mid[is_consistency] = a['train.s'], a['train.l']
   assert len(a['train.t']) == is_consistency.sum()
-  rows = soflow.Rows(
+  rows = soflow_rows.Rows(
     x[order], noise[order], golden.labels('train.labels')[order], mask[order], t, s, t_mid
   )
   tx = optax.adamw(train['lr'], *train['betas'], eps=1e-8, weight_decay=train['weight_decay'])
@@ -334,8 +338,8 @@ def test_samplers(golden):
   x, renoise = golden.image('sampler.x1'), golden.image('sampler.renoise')
   labels, config = golden.labels('sampler.labels'), golden.settings()
   for calls in golden.config['nfe']:
-    out = soflow.few_step_sample(
-      golden.net, golden.params, config, x, labels, renoise[: calls - 1]
+    out = soflow_sampler.few_step_sample(
+      golden.net, golden.params, x, labels, config=config, renoise=renoise[: calls - 1]
     )
     files.close(files.channels_first(out), a[f'sampler.nfe{calls}'], NETWORK, f'{calls} calls')
 

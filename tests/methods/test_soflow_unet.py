@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmzoo.methods import flow, soflow
+from fmzoo.methods import flow, soflow, soflow_rows
 from fmzoo.models import layers
 
 CONFIG = soflow.Config(
@@ -21,7 +21,7 @@ def rows(size):
   x, noise = jax.random.normal(jax.random.key(0), (2, size, 4, 4, 3))
   numbers = jnp.arange(size)
   t = jnp.linspace(0.3, 0.9, size)
-  return soflow.Rows(
+  return soflow_rows.Rows(
     x, noise, numbers, jnp.zeros(size, bool), t, t / 4, t / 2,
     augment=jnp.tile(numbers[:, None].astype(jnp.float32), (1, 6)),
     dropout=jax.vmap(jax.random.key)(numbers),
@@ -39,7 +39,8 @@ def calls_of(config, given):
       calls.append((t, labels, keywords))
       return params * x
 
-    soflow.loss_of_rows(config, layers.Network(None, apply, None), 100, jnp.float32(0.5), given)
+    net = layers.Network(None, apply, None, apply)
+    soflow.loss_of_rows(config, net, 100, jnp.float32(0.5), given)
     return calls
 
   return jax.device_get(run(given))
@@ -58,12 +59,15 @@ def test_every_call_has_the_labels_and_keys_of_its_rows(changes):
   given = rows(8)
   calls = calls_of(config, given)
   assert len(calls) == 2 + bool(changes)
-  for _, labels, keywords in calls:
-    augment, keys = numbers_of(keywords)
-    np.testing.assert_array_equal(augment, keys)
-    np.testing.assert_array_equal(augment[labels != 100], labels[labels != 100])
-  middle = next(c for c in calls if len(c[0]) == 2)  # consistency rows: a quarter
-  np.testing.assert_array_equal(middle[0], np.asarray(given.t_mid)[middle[1]])
+  with_keywords = [call for call in calls if call[2]]  # free velocities have none
+  assert sorted(len(labels) for _, labels, _ in with_keywords) == [4, 6]
+  for t, labels, keywords in with_keywords:
+    for numbers in numbers_of(keywords):
+      np.testing.assert_array_equal(numbers, labels)
+    if len(labels) == 4:  # a quarter of the rows, each at t and at the middle time
+      np.testing.assert_array_equal(labels[::2], labels[1::2])
+      np.testing.assert_array_equal(t[::2], np.asarray(given.t)[labels[::2]])
+      np.testing.assert_array_equal(t[1::2], np.asarray(given.t_mid)[labels[::2]])
 
 
 def test_rows_without_them_give_the_network_none():
@@ -79,7 +83,7 @@ def test_masks_of_both_passes_are_shared():
     )(dropout)
     return params * keep * flow.expand_as(1 + duration, x)
 
-  net = layers.Network(None, apply, None)
+  net = layers.Network(None, apply, None, apply)
   config = soflow.Config(**{**CONFIG.__dict__, 'velocity_ratio': 0.0})
   given = rows(6)._replace(augment=None)
   keep = apply(1.0, given.x, 0 * given.t, 0 * given.t, given.labels, given.dropout)

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmzoo.convert import soflow_unet as convert
-from fmzoo.methods import soflow
+from fmzoo.methods import soflow, soflow_sampler
 from fmzoo.models import unet
 from tests import golden_files as files
 from tests.methods import test_soflow_golden as of_dit
@@ -62,7 +62,9 @@ def test_network_outputs(golden):
   )
   check('unet.net', augmented)
   check('unet.net_noaug', golden.net.apply(golden.params, x, t, t - s, labels))
-  check('unet.solution_noaug', soflow.solve(golden.net, golden.params, solution, x, t, s, labels))
+  check('unet.solution_noaug', soflow_sampler.solve(
+    golden.net, golden.params, x, solution=solution, t=t, s=s, labels=labels
+  ))
 
 
 def test_debug_arrays(golden):
@@ -148,8 +150,9 @@ def test_samplers(golden):
   assert names
   for name in names:
     calls = int(name.removeprefix('unet.nfe'))
-    out = soflow.few_step_sample(
-      golden.net, golden.params, golden.settings(), x, labels, renoise[: calls - 1]
+    out = soflow_sampler.few_step_sample(
+      golden.net, golden.params, x, labels, config=golden.settings(),
+      renoise=renoise[: calls - 1],
     )
     files.close(files.channels_first(out), a[name], of_dit.NETWORK, name)
 
