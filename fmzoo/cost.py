@@ -59,7 +59,7 @@ def _equation(equation, weight):
     out_channels = kernel[params['dimension_numbers'].rhs_spec[0]]
     flops = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
     return flops * weight(equation)
-  inner = [_count(jaxpr, weight) for jaxpr in _inner_jaxprs(params)]
+  inner = [_count(jaxpr, weight) for jaxpr in inner_jaxprs(params)]
   if name == 'while' and any(inner):
     raise ValueError('a while loop with matrix products has no known cost; use lax.scan')
   if name == 'cond':
@@ -67,7 +67,7 @@ def _equation(equation, weight):
   return sum(inner) * (params['length'] if name == 'scan' else 1)
 
 
-def _inner_jaxprs(params):
+def inner_jaxprs(params):
   """Yields the jaxprs among an equation's parameters."""
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):

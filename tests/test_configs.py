@@ -26,12 +26,15 @@ def recipes():
 RECIPES = list(recipes())
 # Parameters. Of XL counted on the official network; FRN of XL: 95,621,184. SiT-XL/2 has 674,834,720
 # with the learned variance, half of its last layer (1152 x 16 + 16), and without position table.
+# Of SoFlow with 1,001 labels and the position table, as its log counts.
 PUBLISHED = {
   'bfm_xl': 963_401_712,
   'bfm:xl': 963_401_712,
   'bfm_xl_frn': 963_401_712 + 95_621_184,
   'bfm_frn:xl': 963_401_712 + 95_621_184,
   'sit:xl': 674_834_720 - 1152 * 16 - 16 + 256 * 1152,
+  'soflow:b4': 131_214_400, 'soflow:b2': 131_288_080, 'soflow:m2': 308_281_360,
+  'soflow:l2': 459_399_184, 'soflow:xl2': 676_735_504, 'soflow_cifar10': 55_932_419,
 }
 MILLIONS = {  # of our sizes, as the heads of their recipes say: all, FRN
   'bfm:s': (53.6, 0), 'bfm:b': (194.3, 0), 'bfm:l': (631.4, 0),
@@ -77,9 +80,9 @@ def test_stage_two_starts_from_where_stage_one_ends():
     assert config_of(second).run.init_from == f'runs/{first}'
 
 
-@pytest.mark.parametrize('name', ['bfm', 'bfm_frn', 'sit'])
+@pytest.mark.parametrize('name', ['bfm', 'bfm_frn', 'sit', 'soflow'])
 def test_unknown_sizes_are_refused(name):
-  with pytest.raises(ValueError, match="size 'xxl' is unknown; use one of s, b, l, xl"):
+  with pytest.raises(ValueError, match="size 'xxl' is unknown; use one of [^']*xl"):
     config_of(f'{name}:xxl')
 
 

@@ -28,7 +28,7 @@ class Network(NamedTuple):
   apply: Callable
   trainable: Callable  # (params) -> tree of bool
   # Like apply, where rows 2i and 2i + 1 are near points whose difference matters, see `product`;
-  # the second has no gradient. None for a network that no such method uses.
+  # the gradient of the second is not whole. None for a network that no such method uses.
   apply_pairs: Callable | None = None
   has_dropout: bool = False  # whether training wants `dropout` keys
 
@@ -83,7 +83,7 @@ def _three_passes(op, a, b, out):
 DTYPES = {'high': _high, 'tf32': _tf32, 'bfloat16_3x': _three_passes}
 
 
-def product(op, a, b, numerics, *, has_rows=False):
+def product(op, a, b, numerics, *, has_rows=False, widen=False):
   """Returns op(a, b), computed as `numerics` says.
 
   In pairs the second rows are computed from the first, by what they differ in:
@@ -94,7 +94,7 @@ def product(op, a, b, numerics, *, has_rows=False):
   both rows see the same roundings, which cancel in y_second - y_first: that is accurate to the
   rounding of the difference, however small it is, also with bfloat16 operands. What is left of
   rounding in both rows is not divided by their distance; numerics.pairs says how large it may be.
-  For a kernel b it costs as many products as two plain rows. No gradient flows through second rows.
+  For a kernel b it costs as many products as two plain rows. Second rows have no gradient here.
 
   Args:
     op: (a, b, dtype of the result) -> bilinear function of a and b, row by row.
@@ -102,13 +102,16 @@ def product(op, a, b, numerics, *, has_rows=False):
     b: a kernel, or rows like a.
     numerics: Numerics.
     has_rows: whether b has rows [R, ...].
+    widen: whether the result is float32 (or wider) in any case.
 
   Returns:
-    [R, ...]: float32 (or wider) in pairs, else numerics.dtype unless op widens it. Products of the
-    backward pass have operands of numerics.dtype, those with gradients included.
+    [R, ...] of numerics.dtype, float32 (or wider) in pairs. Products of the backward pass have
+    operands of numerics.dtype, those with gradients included.
   """
   if not numerics.pairs:
-    return rounded_product(op, a, b, numerics.dtype, numerics.dtype, _result(numerics.dtype))
+    out = _result(numerics.dtype)
+    out = jnp.promote_types(out, jnp.float32) if widen else out
+    return rounded_product(op, a, b, numerics.dtype, numerics.dtype, out)
   wide_out, fixed = wide(a).dtype, jax.lax.stop_gradient
   (first, step), (b, b_step) = _pair(a), _pair(b) if has_rows else (b, None)
   y = rounded_product(op, first, b, numerics.pairs, numerics.dtype, wide_out)
@@ -313,14 +316,13 @@ def attend(q, k, v, numerics):
   if numerics.attention == 'cudnn' and not numerics.pairs:
     q, k, v = (array.astype(numerics.dtype) for array in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
-  logits = product(_query_key, q, k, numerics, has_rows=True)
+  logits = product(_query_key, q, k, numerics, has_rows=True, widen=True)
   weights = jax.nn.softmax(logits / np.sqrt(q.shape[-1]), axis=-1)
   return product(_weight_value, weights, v, numerics, has_rows=True)
 
 
 def _query_key(q, k, dtype):
-  """[B, N, A, E] twice -> [B, A, N, N], in float32 at least: a softmax follows."""
-  dtype = jnp.promote_types(dtype, jnp.float32)
+  """[B, N, A, E] twice -> [B, A, N, N]."""
   return jnp.einsum('bqae,bkae->baqk', q, k, preferred_element_type=dtype)
 
 
