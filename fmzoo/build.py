@@ -47,15 +47,13 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
   'model.heads': (1, None), 'model.mlp_ratio': (0.01, None), 'model.unroll': (1, None),
   'model.segments': (1, None), 'model.segment_depth': (1, None), 'model.feature_depth': (1, None),
   'model.frn_depth': (0, None), 'model.lora_width': (1, None), 'model.rotary_theta': (1, None),
-  'model.feature_dim': (1, None),
-  'model.projector_width': (1, None),
+  'model.feature_dim': (1, None), 'model.projector_width': (1, None),
   'method.label_dropout': (0, 1), 'method.time_std': (0, None),
   'method.alignment_weight': (0, None),
   'optim.learning_rate': (0, None), 'optim.warmup_steps': (0, None), 'optim.b1': (0, 1),
   'optim.b2': (0, 1), 'optim.eps': (0, None), 'optim.weight_decay': (0, None),
   'optim.clip_norm': (0, None), 'optim.accumulate_steps': (1, None),
-  'optim.max_bad_steps': (1, None),
-  'ema.decay': (0, 1), 'ema.every_steps': (1, None),
+  'optim.max_bad_steps': (1, None), 'ema.decay': (0, 1), 'ema.every_steps': (1, None),
   'sample.num_images': (1, None), 'sample.batch_size': (1, None), 'sample.seed': (0, 2**32 - 1),
   'sample.num_steps': (1, None), 'sample.guidance': (0, None),
   'eval.num_images': (1, None), 'eval.every_steps': (0, None),
@@ -268,10 +266,8 @@ def _check_names(config, run):
       expected = ' or '.join(repr(value) for value in fitting)
       raise ValueError(f"model.{key}={config.model[key]!r} must be {expected} for method '{name}'")
   if config.model.name == 'unet' and config.method.get('guidance', 1) > 1:
-    raise ValueError(
-      f"method.guidance={config.method.guidance} needs a network with labels; with"
-      " model.name='unet', which has none, it must be 1.0"
-    )
+    guidance = config.method.guidance
+    raise ValueError(f"method.guidance={guidance} must be 1.0 for model.name='unet' without labels")
   if name in STAGES and not run.init_from:
     raise ValueError(
       f"run.init_from='' must be the workdir of a finished '{STAGES[name]}' run for method '{name}'"

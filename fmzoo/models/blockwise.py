@@ -98,9 +98,8 @@ def _numerics(config):
 
 
 def _core(config):
-  return layers.TransformerBlock(
-    config.heads, config.mlp_ratio, _numerics(config), qk_norm=True, name='core'
-  )
+  numerics = _numerics(config)
+  return layers.TransformerBlock(config.heads, config.mlp_ratio, numerics, True, name='core')
 
 
 class FeatureBlock(nn.Module):
