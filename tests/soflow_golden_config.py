@@ -91,6 +91,10 @@ SECOND_CONFIG = {
   'coefficient_type': 'Trig',
   'debug': True,
   'dit': DIT,
+  'ckpt_dit': {
+    'data_size': 6, 'channels': 2, 'patch': 3, 'hidden': 20, 'depth': 1, 'heads': 1,
+    'num_classes': 3, 'cfg_drop_rate': 0.2,
+  },
   'unet': UNET,
   'loss': {'cfg_scale': 2.0, 'mix_ratio': 0.4, 'cfg_decay_time': 0.5, 'p': 0.6, 'eps': 0.02},
   'unet_loss': {'cfg_scale': 1.0, 'mix_ratio': 1.0, 'cfg_decay_time': 1.0, 'p': 1.0, 'eps': 0.01},

@@ -1,6 +1,6 @@
 """Golden folders of SoFlow from the NumPy reference: weights, inputs, outputs and gradients.
 
-The layout is that of tests/golden/soflow/README.md without `ckpt.*`, `crop.*`, metrics.npz and
+The layout is that of tests/golden/soflow/README.md without `crop.*`, metrics.npz and
 latents_tiny.hdf5. A loss case whose name ends in 'nolabel' gets no labels, and one whose name ends
 in 'mingap' the smallest gap between its times.
 """
@@ -16,6 +16,7 @@ from tests import soflow_dit_reference as dit
 from tests import soflow_golden_config as shapes
 from tests import soflow_reference as ref
 from tests import soflow_unet_reference as unet
+from tests import torch_pickle
 
 ROWS, SAMPLES, UNET_ROWS, TIMES, NORMALS, EMA_STEPS, OPT_STEPS = 5, 3, 4, 8, 28, 40, 12
 DECAY_TIMES, LEAST_GAP = 13, 0.01
@@ -153,6 +154,15 @@ def network_inputs(rng, config):
   }
 
 
+def checkpoint_inputs(rng, config):
+  """Single calls of the two networks of a training checkpoint."""
+  times, section = time_pair(rng, config, SAMPLES), config['ckpt_dit']
+  return {
+    'ckpt.x': images(rng, section, SAMPLES), 'ckpt.t': times['t'], 'ckpt.s': times['s'],
+    'ckpt.y': rng.integers(0, section['num_classes'] + 1, SAMPLES),
+  }
+
+
 def draw_inputs(rng, case):
   """The images and every random draw of an augmentation case."""
   n, size = case['n'], case['size']
@@ -187,7 +197,7 @@ def other_inputs(rng, config):
 def synthetic_inputs(config, seed):
   """Returns the input arrays of the schema by name."""
   rng, out = np.random.default_rng(seed), {}
-  for part in (table_inputs, case_inputs, network_inputs, other_inputs):
+  for part in (table_inputs, case_inputs, network_inputs, other_inputs, checkpoint_inputs):
     out |= part(rng, config)
   return out
 
@@ -338,6 +348,31 @@ def outputs(config, models, a):
   return out
 
 
+def checkpoint(config, seed):
+  """Returns a training checkpoint after one step: two networks, Adam's moments of the first."""
+  tensors = shapes.dit_shapes(config['ckpt_dit'])
+  online, averaged = (synthetic_weights(tensors, [*seed, i]) for i in range(2))
+  moments = {
+    i: {'step': np.float32(1), 'exp_avg': 0.1 * weight, 'exp_avg_sq': 0.01 * weight**2}
+    for i, (key, weight) in enumerate(online.items()) if not key.endswith('pos_embed')
+  }
+  return {
+    'model': online, 'ema_model': averaged,
+    'optimizer': {'state': moments, 'param_groups': [{'lr': 1e-4, 'params': [*moments]}]},
+    'finished_steps': 1, 'finished_epochs': 0,
+  }
+
+
+def checkpoint_outputs(config, networks, a):
+  """Single calls of both networks of a checkpoint."""
+  out = {}
+  for name in ('model', 'ema_model'):
+    weights = {key: ref.wide(weight) for key, weight in networks[name].items()}
+    network = dit.dit(ref.Model(weights, config['ckpt_dit']))
+    out[f'ckpt.{name}.net'] = network.run(a['ckpt.x'], a['ckpt.t'], a['ckpt.s'], a['ckpt.y'])
+  return out
+
+
 def load(folder, config):
   """Returns the DiT and the U-Net of a folder."""
   return tuple(
@@ -347,14 +382,17 @@ def load(folder, config):
 
 
 def write_folder(folder, config, seed):
-  """Writes config.json, dit.safetensors, unet.safetensors and io.npz; outputs are float64."""
+  """Writes config.json, both .safetensors, dit_ckpt.pt and io.npz; outputs are float64."""
   folder.mkdir(parents=True, exist_ok=True)
   for i, (name, tensors) in enumerate((
     ('dit', shapes.dit_shapes(config['dit'])), ('unet', shapes.unet_shapes(config['unet'])),
   )):
     save_file(synthetic_weights(tensors, [seed, i]), folder / f'{name}.safetensors')
   arrays = synthetic_inputs(config, [seed, 2])
+  networks = checkpoint(config, [seed, 3])
+  (folder / 'dit_ckpt.pt').write_bytes(torch_pickle.zip_form(torch_pickle.views(networks)))
   results = outputs(config, load(folder, config), arrays)
+  results |= checkpoint_outputs(config, networks, arrays)
   text = json.dumps({**config, 'input_keys': sorted(arrays)}, indent=1)
   (folder / 'config.json').write_text(text + '\n')
   np.savez_compressed(folder / 'io.npz', **arrays, **results)

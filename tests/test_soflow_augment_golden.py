@@ -11,10 +11,10 @@ PICTURES, NUMBERS = 1e-4, 1e-5  # limits of the README there, absolute
 INFORMATIONAL = 'pad_x0x1y0y1'  # what the official code chose; ours is W - 1 always
 
 
-@pytest.fixture(scope='module')
-def golden(golden_root):
-  """(config, arrays) of the folder."""
-  folder = golden_root / 'soflow'
+@pytest.fixture(scope='module', params=['golden_root', 'written_root'])
+def golden(request):
+  """(config, arrays) of the folder, and of one of the reference's."""
+  folder = request.getfixturevalue(request.param) / 'soflow'
   return files.config(folder), files.Arrays(folder / 'io.npz')
 
 

@@ -44,6 +44,15 @@ def view(array):
   return View(np.ravel(array), 0, array.shape, strides)
 
 
+def views(value):
+  """Returns nested dicts and lists with a `view` in place of every array."""
+  if isinstance(value, dict):
+    return {key: views(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [views(item) for item in value]
+  return view(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
 def _stand_ins():
   """Returns {module name: module} with what pickles of torch.save name."""
   torch, utils = types.ModuleType('torch'), types.ModuleType('torch._utils')

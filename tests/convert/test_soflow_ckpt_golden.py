@@ -38,9 +38,9 @@ class Golden:
       return convert.from_official(tensors, self.model, self.channels, self.abstract)
 
 
-@pytest.fixture(scope='module')
-def golden(golden_root):
-  return Golden(golden_root / 'soflow')
+@pytest.fixture(scope='module', params=['golden_root', 'written_root'])
+def golden(request):
+  return Golden(request.getfixturevalue(request.param) / 'soflow')
 
 
 def test_outputs_of_both_networks(golden):

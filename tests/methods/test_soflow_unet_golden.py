@@ -47,6 +47,7 @@ class Golden(of_dit.Golden):
 
 @pytest.fixture(scope='module')
 def golden(golden_root):
+  """The folder of --golden-root alone: to compile another U-Net takes a minute."""
   return Golden(golden_root / 'soflow')
 
 
