@@ -1,5 +1,6 @@
 """What every test runs under: eight simulated devices, strict ranks, one golden folder."""
 
+import functools
 import os
 import pathlib
 
@@ -8,7 +9,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax
 import pytest
 
-from tests import soflow_golden_config, soflow_golden_writer
+from fmzoo.data import cifar10
+from tests import soflow_golden_config, soflow_golden_writer, tiny
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -43,3 +45,13 @@ def written_root(tmp_path_factory):
   config = soflow_golden_config.SECOND_CONFIG
   soflow_golden_writer.write_folder(folder / 'soflow', config, seed=0)
   return folder
+
+
+@pytest.fixture
+def cifar10_data(tmp_path, monkeypatch):
+  """Has data.name='cifar10' find twenty random pictures, where there are fifty thousand."""
+  tiny.write_cifar10(tmp_path / 'data' / 'cifar10', rows=20)
+  monkeypatch.setenv('FMZOO_DATA_DIR', str(tmp_path / 'data'))
+  monkeypatch.setattr(
+    cifar10, 'Cifar10Source', functools.partial(cifar10.Cifar10Source, rows=20)
+  )

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fmzoo import command_line, main
+from fmzoo import command_line, main, pictures, sample, train
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,6 +31,12 @@ def call(monkeypatch, capsys, *arguments):
   capsys.readouterr()
   status = main.cli()
   return status, capsys.readouterr().err.strip().splitlines()
+
+
+def png(path):
+  """Returns the mode and the pixels of a picture on disk."""
+  with Image.open(path) as image:
+    return image.mode, np.asarray(image)
 
 
 def contents(folder):
@@ -264,6 +271,43 @@ def test_stored_config_is_read_back(finished, monkeypatch):
     (finished / 'config.json').read_text(), object_hook=lambda d: {
       key: tuple(value) if isinstance(value, list) else value for key, value in d.items()
     })['log']
+
+
+def test_cifar10_from_training_to_pictures_and_official_weights(
+  cifar10_data, tmp_path, monkeypatch, capsys
+):
+  """Everything in colour, and nothing that measures it; recipes have tuples in their config.json.
+
+  The tiny recipe as it is, since other tests compile its step, too.
+  """
+  workdir, again = tmp_path / 'run', tmp_path / 'again'
+  monkeypatch.setattr(sample, 'PREVIEW_ROWS', 1)
+  recipe = tiny.recipe('soflow_unet', mesh__data=1, log__preview_every_steps=2)
+  for folder in (workdir, again):
+    folder.mkdir()
+    train.write_config(recipe, folder)
+  files = [tmp_path / name for name in ('one.safetensors', 'two.safetensors')]
+  for arguments in (
+    ('train', f'--workdir={workdir}', '--config.run.steps=2'),
+    ('sample', f'--workdir={workdir}', '--config.sample.num_images=10'),
+    ('convert', f'--workdir={workdir}', f'--export={files[0]}'),
+    ('convert', f'--workdir={again}', f'--weights={files[0]}'),
+    ('convert', f'--workdir={again}', f'--export={files[1]}'),
+  ):
+    status, lines = call(monkeypatch, capsys, *arguments)
+    assert status == 0, lines
+  assert files[0].read_bytes() == files[1].read_bytes()
+  mode, preview = png(workdir / 'samples' / 'step_0000002.png')
+  assert mode == 'RGB' and preview.shape == (68, 662, 3)  # ten pictures, each twice its size
+  assert (preview[2:66, 2:66].std(axis=(0, 1)) > 50).all()  # noise in every colour, and not grey
+  assert np.abs(np.diff(preview[2:66, 2:66].astype(int), axis=-1)).mean() > 50
+  (path,) = (workdir / 'samples').glob('*.npz')
+  images, _ = pictures.load_npz(path)
+  assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
+  np.testing.assert_array_equal(pictures.grid(images, 10), preview)
+  np.testing.assert_array_equal(png(path.with_suffix('.png'))[1], preview)
+  status, lines = call(monkeypatch, capsys, 'evaluate', f'--workdir={workdir}')
+  assert status == 2 and len(lines) == 1 and "eval.name='none' measures nothing" in lines[0]
 
 
 def test_help_and_import_are_quick():
