@@ -45,7 +45,7 @@ def get():
     'num_threads': 2,  # reading threads per host
     'augment': 0.0,  # cifar10: probability to scale, stretch, shift (and flips); 0 does nothing
   })
-  config.model = ConfigDict()  # models/dit.py Config or models/blockwise.py Config, and `name`
+  config.model = ConfigDict()  # Config of models/<name>.py, and `name`: dit, unet or blockwise
   config.method = ConfigDict()  # Config of methods/<name>.py, and `name`
   config.optim = ConfigDict({
     'name': 'adamw',  # 'adamw' or 'radam', as PyTorch defines them

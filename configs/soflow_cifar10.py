@@ -34,6 +34,7 @@ def get_config():
     'augment_dim': 6,
     'dtype': 'bfloat16',
     'precision': 'highest',  # of the embedding, a thousandth of the work
+    'remat': True,
   })
   config.method = ConfigDict({
     'name': 'soflow',

@@ -265,9 +265,6 @@ def _check_names(config, run):
     if key in config.model and config.model[key] not in fitting:
       expected = ' or '.join(repr(value) for value in fitting)
       raise ValueError(f"model.{key}={config.model[key]!r} must be {expected} for method '{name}'")
-  if config.model.name == 'unet' and config.method.get('guidance', 1) > 1:
-    guidance = config.method.guidance
-    raise ValueError(f"method.guidance={guidance} must be 1.0 for model.name='unet' without labels")
   if name in STAGES and not run.init_from:
     raise ValueError(
       f"run.init_from='' must be the workdir of a finished '{STAGES[name]}' run for method '{name}'"
@@ -282,10 +279,12 @@ def _check_data(config, data, method):
       f"eval.name='digits' measures 8x8 images of 10 classes, not {data.latent_shape} of"
       f' {data.num_classes}; use none'
     )
-  if data.augment > 0 and (data.name, config.model.name) != ('cifar10', 'unet'):
+  found = {'data.name': data.name, 'model.name': config.model.name,
+           'model.augment_dim': config.model.get('augment_dim', 'no key')}
+  if data.augment > 0 and tuple(found.values()) != ('cifar10', 'unet', 6):
     raise ValueError(
-      f"data.augment={data.augment} needs data.name='cifar10' and model.name='unet', found"
-      f" '{data.name}' and '{config.model.name}'; use 0"
+      f"data.augment={data.augment} needs data.name='cifar10', model.name='unet' and"
+      f' model.augment_dim=6, found {found}; use 0'
     )
   if 'feature' in method.inputs and data.name == 'digits':
     tokens = (data.latent_size // config.model.patch) ** 2

@@ -26,6 +26,11 @@ def make(optim, steps):
     raise ValueError(
       f"optim.weight_decay={optim.weight_decay} must be 0 for optim.name='radam'; use 'adamw'"
     )
+  if optim.name == 'radam' and not 0.6 < optim.b2 < 1:
+    raise ValueError(
+      f"optim.b2={optim.b2} must be above 0.6 and below 1 for optim.name='radam', whose"
+      " rectification has no meaning elsewhere; use 'adamw'"
+    )
 
   def rate(count):
     """Returns the learning rate of update `count`."""
@@ -107,4 +112,6 @@ def rectification_length(b2, k):
 
 def _one_minus_power(base, k):
   """1 - base^k without cancellation."""
+  if base == 0:
+    return jnp.float32(1)
   return -jnp.expm1(k * jnp.float32(math.log(base)))

@@ -72,8 +72,10 @@ class Decoder:
     self.most = DECODED_ROWS * mesh.size
     self.params = jax.device_put({'decoder': params['decoder']}, whole)
     self.run = jax.jit(
-      lambda params, latents: decode(params, latents / scale),
-      in_shardings=(whole, meshes.rows_sharded(mesh)), out_shardings=whole,
+      lambda params, latents: decode(
+        params, jax.lax.with_sharding_constraint(latents, meshes.rows_sharded(mesh)) / scale
+      ),
+      in_shardings=(whole, whole), out_shardings=whole,
     )
 
   def __call__(self, latents, rows):
@@ -99,13 +101,14 @@ class Sampler:
     self.decode = Decoder(recipe, mesh) if recipe.sample.vae else None
     rows = meshes.rows_sharded(mesh)
     self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
-    self.run = jax.jit(
-      lambda params, seed, first, labels: self.sample(
-        params, image_keys(seed, first, labels.shape[0]), labels
-      ),
-      in_shardings=(meshes.replicated(mesh), None, None, rows),
-      out_shardings=meshes.replicated(mesh),
-    )
+
+    def run(params, seed, first, labels):
+      """Labels come whole, as several hosts can hand them over, and are cut over devices here."""
+      keys = image_keys(seed, first, labels.shape[0])
+      return self.sample(params, *jax.lax.with_sharding_constraint((keys, labels), (rows, rows)))
+
+    whole = meshes.replicated(mesh)
+    self.run = jax.jit(run, in_shardings=(whole, None, None, whole), out_shardings=whole)
 
   def __call__(self, params, labels, seed, progress=False):
     """Returns images of labels [n] as float32 [n, H, W, C] on the host."""

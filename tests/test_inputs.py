@@ -67,8 +67,8 @@ def test_pixels_are_augmented_with_the_probability_and_their_own_keys():
 
 
 @pytest.mark.parametrize('changes,message', [
-  ({}, "augment=0.5 needs data.name='cifar10' and model.name='unet', found 'digits' and 'dit'"),
-  ({'data__name': 'cifar10'}, "found 'cifar10' and 'dit'; use 0"),
+  ({}, "augment=0.5 needs data.name='cifar10', model.name='unet' and model.augment_dim=6, found"),
+  ({'data__name': 'cifar10'}, "found .*'data.name': 'cifar10', 'model.name': 'dit'.*; use 0"),
   ({'data__augment': 1.5}, 'data.augment=1.5 must be from 0 to 1'),
 ])
 def test_augmentation_that_does_not_fit_is_refused(changes, message):

@@ -47,6 +47,20 @@ def test_weight_decay_of_radam_is_refused():
     optimizer.make(optim, 10)
 
 
+@pytest.mark.parametrize('b2', [0.0, 0.6, 1.0])
+def test_decay_that_radam_cannot_rectify_is_refused(b2):
+  optim = dataclasses.replace(tiny.recipe('fm').optim, name='radam', b2=b2)
+  with pytest.raises(ValueError, match=f'optim.b2={b2} must be above 0.6 and below 1'):
+    optimizer.make(optim, 10)
+
+
+def test_radam_without_momentum():
+  """The first updates are the gradient itself."""
+  tx = optimizer.scale_by_radam(0.0, 0.999, 1e-8)
+  updates, _ = tx.update(jnp.float32([3.0, -2.0]), tx.init(jnp.zeros(2)))
+  np.testing.assert_allclose(updates, [3.0, -2.0])
+
+
 @pytest.mark.parametrize('b2', [0.99, 0.999, 0.9999])
 def test_rectification_length_in_float32(b2):
   """Against float64, over the steps where it decides and far beyond them."""

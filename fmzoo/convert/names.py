@@ -61,7 +61,7 @@ def clean(tensors, prefix=''):
     name = key.replace('_orig_mod.', '').removeprefix('module.').removeprefix(prefix)
     if name in cleaned:
       raise Misfit(
-        f"weights do not fit: '{key}' is one of two keys for {name}; keep one of them"
+        f"weights do not fit: '{_shown(key)}' is one of two keys for {_shown(name)}; keep one"
       )
     cleaned[name] = tensor
   return cleaned
@@ -120,7 +120,7 @@ def _check(entries, tensors, abstract):
   if missing := sorted(expected.keys() - found.keys()):
     problems.append(f'missing {", ".join(missing)}')
   if extra := sorted(found.keys() - expected.keys()):
-    problems.append(f'not expected {", ".join(extra)}')
+    problems.append(f'not expected {", ".join(map(_shown, extra))}')
   if wrong := sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k]):
     specs = ', '.join(f'{key} is {found[key]}, expected {expected[key]}' for key in wrong)
     problems.append(f'of another shape or dtype {specs}')
@@ -136,6 +136,11 @@ def _official_spec(entry, abstract):
   leaf = _leaf(abstract, entry.path)
   part = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(entry.index) :])
   return _spec(entry.theirs(part).shape, leaf.dtype)
+
+
+def _shown(key):
+  """Returns a key of a file as a message can hold it: printable and not endless."""
+  return key if key.isprintable() and len(key) <= 200 else ascii(key[:200])
 
 
 def _spec(shape, dtype):

@@ -6,6 +6,7 @@ middle time, made of two plain forward calls. Source: arXiv:2512.15657 and its o
 """
 
 import dataclasses
+import fractions
 
 import jax
 import jax.numpy as jnp
@@ -300,6 +301,11 @@ def make(config, net, latent_shape, num_classes):
     ValueError: if a setting is unknown or contradicts another.
   """
   _check(config)
+  if config.guidance > 1 and not net.has_labels:
+    raise ValueError(
+      f'method.guidance={config.guidance} must be 1.0 for a network without labels; set it, or use'
+      " model.name='dit'"
+    )
 
   def loss(params, batch, rng, step):
     """See `loss_of_rows` and `draw_rows`."""
@@ -322,12 +328,14 @@ def make(config, net, latent_shape, num_classes):
     """
     if num_steps < 1:
       raise ValueError(f'sample.num_steps={num_steps} must be at least 1')
+    if not isinstance(renoise, bool):
+      raise ValueError(f'sample.renoise={renoise!r} must be True or False')
     keys = flow.split_rows(rng, num_steps)
     like = jnp.zeros((labels.shape[0], *latent_shape))
     noises = [flow.normal_like(key, like) for key in keys]
-    fresh = jnp.stack(noises[1:]) if num_steps > 1 else jnp.zeros((0, *like.shape))
+    fresh = jnp.stack(noises[1:]) if renoise and num_steps > 1 else None
     return soflow_sampler.few_step_sample(
-      net, params, noises[0], labels, config=config, renoise=fresh if renoise else num_steps
+      net, params, noises[0], labels, config=config, steps=num_steps, renoise=fresh
     )
 
   return base.Method(
@@ -362,6 +370,12 @@ def _check(config):
   ):
     if not fits:
       raise ValueError(f'method.{key}={getattr(config, key)} must be {expected}')
+  nearest = fractions.Fraction(config.velocity_ratio).limit_denominator(soflow_rows.MOST_PARTS)
+  if abs(nearest - config.velocity_ratio) > 1e-6:
+    raise ValueError(
+      f'method.velocity_ratio={config.velocity_ratio} must be a fraction of at most'
+      f' {soflow_rows.MOST_PARTS} parts, so that every few rows keep it; use {float(nearest)}'
+    )
   if (config.guidance > 1) != (config.label_dropout > 0):
     raise ValueError(
       f'method.guidance={config.guidance} with method.label_dropout={config.label_dropout}:'

@@ -14,6 +14,8 @@ import numpy as np
 
 from fmzoo.methods import flow, soflow_times
 
+MOST_PARTS = 64  # rows of which a ratio is kept
+
 
 class Rows(NamedTuple):
   """All that a loss needs to know about its rows; s and t_mid matter in consistency rows only."""
@@ -37,9 +39,9 @@ class Rows(NamedTuple):
 def row_period(velocity_ratio):
   """Returns (period, consistency rows in it), the smallest whole numbers in this ratio.
 
-  A ratio that is no fraction of at most 64 parts is replaced by the nearest one.
+  A ratio that is no fraction of at most MOST_PARTS parts is replaced by the nearest one.
   """
-  ratio = fractions.Fraction(velocity_ratio).limit_denominator(64)
+  ratio = fractions.Fraction(velocity_ratio).limit_denominator(MOST_PARTS)
   return ratio.denominator, ratio.denominator - ratio.numerator
 
 

@@ -24,7 +24,7 @@ def solve(net, params, x, *, solution, t, s, labels):
   return a * x + b * net.apply(params, x, t, t - s, labels)
 
 
-def few_step_sample(net, params, x, labels, *, config, renoise):
+def few_step_sample(net, params, x, labels, *, config, steps, renoise=None):
   """Generates with T network calls on the grid 1, 1 - 1/T, ..., 1/T.
 
   With new noise (the paper): x <- f(x, t_i, 0), then a(t_{i+1}) x + b(t_{i+1}) noise_i, and at last
@@ -34,13 +34,12 @@ def few_step_sample(net, params, x, labels, *, config, renoise):
     net, params, config: as elsewhere.
     x: [B, H, W, C] noise at t = 1.
     labels: [B] int32.
-    renoise: [T - 1, B, H, W, C] new noise, or the number T for none.
+    steps: T.
+    renoise: [T - 1, B, H, W, C] new noise, or None to chain the calls.
 
   Returns:
     [B, H, W, C].
   """
-  chained = isinstance(renoise, int)
-  steps = renoise if chained else renoise.shape[0] + 1
   times = jnp.asarray([1 - i / steps for i in range(steps + 1)], jnp.float32)
 
   def move(x, t, s):
@@ -53,11 +52,11 @@ def few_step_sample(net, params, x, labels, *, config, renoise):
   def step(x, now):
     """One call, and the noise after it."""
     t, t_next, noise = now
-    if chained:
+    if renoise is None:
       return move(x, t, t_next), None
     a, b, _, _ = flow.path_coefficients(config.path, t_next)
     return a * move(x, t, 0.0) + b * noise, None
 
-  xs = (times[:-2], times[1:-1], jnp.zeros(steps - 1) if chained else renoise)
+  xs = (times[:-2], times[1:-1], jnp.zeros(steps - 1) if renoise is None else renoise)
   x, _ = jax.lax.scan(step, x, xs)
   return move(x, times[-2], 0.0)

@@ -31,6 +31,7 @@ class Network(NamedTuple):
   # the gradient of the second is not whole. None for a network that no such method uses.
   apply_pairs: Callable | None = None
   has_dropout: bool = False  # whether training wants `dropout` keys
+  has_labels: bool = True  # False where labels are ignored
 
 
 class Numerics(NamedTuple):

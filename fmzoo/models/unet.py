@@ -34,6 +34,7 @@ class Config:
   augment_dim: int  # width of the augmentation labels; 0 for a network without
   dtype: Any  # of convolutions and attention: 'float32' or 'bfloat16'
   precision: str  # of float32 products: 'default', 'high' (TF32 / three bfloat16 passes), 'highest'
+  remat: bool  # recompute blocks in the backward pass: less memory, one more forward pass
 
 
 class Layer(NamedTuple):
@@ -150,7 +151,8 @@ def drop(x, rng, layer, rate):
   """
   def keep(key):
     """The mask of one row."""
-    return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:])
+    # The share as float32: a float64 one, under x64, would draw other bits.
+    return jax.random.bernoulli(jax.random.fold_in(key, layer), jnp.float32(1 - rate), x.shape[1:])
 
   return jnp.where(jax.vmap(keep)(rng), x / (1 - rate), 0.0)
 
@@ -279,11 +281,11 @@ class UNet(nn.Module):
     cond = Embedding(config.width, name='embedding')(t, duration, augment)
     h = Conv(config.width, 3, numerics, name=f'encoder_{side}_conv')(x)
     encoder, decoder = plan(config, side)
-    skips = [h]
+    skips, block_class = [h], nn.remat(Block) if config.remat else Block
     for number, layer in enumerate([*encoder, *decoder]):
       if layer.joins:
         h = jnp.concatenate([h, skips.pop()], axis=-1)
-      block = Block(layer, number, config.dropout, numerics, name=layer.name)
+      block = block_class(layer, number, config.dropout, numerics, name=layer.name)
       h = block(h, cond, dropout)
       if number < len(encoder):
         skips.append(h)
@@ -334,15 +336,16 @@ def make(config, latent_shape, num_classes, pairs=None):
 
   return layers.Network(
     init, functools.partial(apply, net), trainable, functools.partial(apply, of_pairs),
-    has_dropout=config.dropout > 0,
+    has_dropout=config.dropout > 0, has_labels=False,
   )
 
 
 def _check(config, latent_shape):
   """Refuses sizes that do not divide and settings out of range."""
   for key, fits, expected in (
-    ('multipliers', config.multipliers and min(config.multipliers) >= 1,
-     'one whole number of at least 1 for each resolution'),
+    ('multipliers', config.multipliers and all(
+      isinstance(factor, int) and factor >= 1 for factor in config.multipliers
+    ), 'one whole number of at least 1 for each resolution'),
     ('blocks', config.blocks >= 1, 'at least 1'),
     ('dropout', 0 <= config.dropout < 1, 'at least 0 and below 1'),
     ('augment_dim', config.augment_dim >= 0, 'at least 0, which is no augmentation labels'),
@@ -355,6 +358,12 @@ def _check(config, latent_shape):
       f'model.multipliers={config.multipliers} halves the sides {len(config.multipliers) - 1}'
       f' times, which {height}x{width} do not allow; use equal sides that divide, or fewer'
       ' resolutions'
+    )
+  sides = [height >> level for level in range(len(config.multipliers))]
+  if not set(config.attention_resolutions) <= set(sides):
+    raise ValueError(
+      f'model.attention_resolutions={config.attention_resolutions} must be among the resolutions'
+      f' of model.multipliers={config.multipliers}, {tuple(sides)}'
     )
   for layer in sum(plan(config, height), []):
     for channels in (layer.inputs, layer.features):

@@ -12,11 +12,11 @@ from tests import golden_files
 
 CONFIG = unet.Config(
   width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6,
-  dtype='float32', precision='highest',
+  dtype='float32', precision='highest', remat=False,
 )
 CIFAR = unet.Config(
   width=128, multipliers=(2, 2, 2), blocks=4, attention_resolutions=(16,), dropout=0.3,
-  augment_dim=6, dtype='float32', precision='highest',
+  augment_dim=6, dtype='float32', precision='highest', remat=False,
 )
 
 
@@ -52,7 +52,7 @@ def test_official_unet_weights_come_back_bit_equal(golden_root):
   config = unet.Config(
     width=u['model_channels'], multipliers=tuple(u['channel_mult']), blocks=u['num_blocks'],
     attention_resolutions=tuple(u['attn_resolutions']), dropout=0.3, augment_dim=6,
-    dtype='float32', precision='highest',
+    dtype='float32', precision='highest', remat=False,
   )
   params = convert.from_official(tensors, config, 3, abstract(config, u['data_size']))
   assert 'filters' not in params

@@ -335,9 +335,11 @@ def test_chained_sampling_with_exact_velocity_is_exact():
     return (x_t - image) / flow.expand_as(t, x_t)
 
   net, noise = layers.Network(None, apply, None, apply), rows(3).noise
-  for renoise in (1, 4, jnp.asarray(np.stack([rows(3, seed=i).noise for i in (1, 2)]))):
+  fresh = jnp.asarray(np.stack([rows(3, seed=i).noise for i in (1, 2)]))
+  for steps, renoise in ((1, None), (4, None), (3, fresh)):
     out = soflow_sampler.few_step_sample(
-      net, None, noise, jnp.zeros(3, jnp.int32), config=CONFIG, renoise=renoise
+      net, None, noise, jnp.zeros(3, jnp.int32), config=CONFIG, steps=steps,
+      renoise=renoise,
     )
     np.testing.assert_allclose(out, np.repeat(image, 3, axis=0), rtol=0, atol=1e-5)
 
@@ -351,9 +353,21 @@ def test_chained_sampling_with_exact_velocity_is_exact():
   ({'time_mean': (0.0,)}, 'time_mean'), ({'time_std': (1.0, 1.0)}, 'time_std'),
   ({'time_std': (1.0, 0.0, 1.0)}, 'time_std'), ({'total_steps': 0}, 'total_steps=0'),
   ({'weight_eps': 0.0}, 'weight_eps=0.0'), ({'weight_power': -1.0}, 'weight_power=-1.0'),
-  ({'label_dropout': 1.0}, 'label_dropout=1.0'), ({'guidance_decay_time': 1.5}, '1.5'),
+  ({'label_dropout': 1.0}, 'label_dropout=1.0'),
+  ({'velocity_ratio': 0.005}, 'velocity_ratio=0.005 must be a fraction of at most 64 parts'),
+  ({'guidance_decay_time': 1.5}, '1.5'),
   ({'middle_initial': 2.0}, 'middle_initial=2.0'),
 ])
 def test_contradictions_are_refused(changes, word):
   with pytest.raises(ValueError, match=word):
     soflow.make(dataclasses.replace(CONFIG, **changes), None, (8, 8, 1), 10)
+
+
+def test_guidance_of_a_network_without_labels_is_refused():
+  with pytest.raises(ValueError, match='method.guidance=3.0 must be 1.0 for a network without'):
+    soflow.make(GUIDED, BEND._replace(has_labels=False), (8, 8, 1), 10)
+
+
+def test_how_calls_are_joined_is_yes_or_no():
+  with pytest.raises(ValueError, match='sample.renoise=3 must be True or False'):
+    tiny.recipe('soflow', sample__renoise=3)

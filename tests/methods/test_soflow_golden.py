@@ -339,7 +339,8 @@ def test_samplers(golden):
   labels, config = golden.labels('sampler.labels'), golden.settings()
   for calls in golden.config['nfe']:
     out = soflow_sampler.few_step_sample(
-      golden.net, golden.params, x, labels, config=config, renoise=renoise[: calls - 1]
+      golden.net, golden.params, x, labels, config=config, steps=calls,
+      renoise=renoise[: calls - 1],
     )
     files.close(files.channels_first(out), a[f'sampler.nfe{calls}'], NETWORK, f'{calls} calls')
 

@@ -26,7 +26,7 @@ class Golden(of_dit.Golden):
     self.model = unet.Config(
       width=u['model_channels'], multipliers=tuple(u['channel_mult']), blocks=u['num_blocks'],
       attention_resolutions=tuple(u['attn_resolutions']), dropout=0.3, augment_dim=6,
-      dtype='float32', precision='highest',
+      dtype='float32', precision='highest', remat=False,
     )
     self.shape = (u['data_size'], u['data_size'], 3)
     made = unet.make(self.model, self.shape, self.classes)
@@ -152,7 +152,7 @@ def test_samplers(golden):
   for name in names:
     calls = int(name.removeprefix('unet.nfe'))
     out = soflow_sampler.few_step_sample(
-      golden.net, golden.params, x, labels, config=golden.settings(),
+      golden.net, golden.params, x, labels, config=golden.settings(), steps=calls,
       renoise=renoise[: calls - 1],
     )
     files.close(files.channels_first(out), a[name], of_dit.NETWORK, name)

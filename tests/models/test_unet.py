@@ -15,11 +15,11 @@ from tests import tiny
 SHAPE = (8, 8, 3)
 TINY = unet.Config(
   width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6,
-  dtype='float32', precision='highest',
+  dtype='float32', precision='highest', remat=False,
 )
 CIFAR = unet.Config(
   width=128, multipliers=(2, 2, 2), blocks=4, attention_resolutions=(16,), dropout=0.3,
-  augment_dim=6, dtype='float32', precision='highest',
+  augment_dim=6, dtype='float32', precision='highest', remat=False,
 )
 
 
@@ -122,6 +122,29 @@ def test_dropout_keeps_the_mean_and_the_share():
   np.testing.assert_allclose(np.mean(out == 0), 0.3, atol=0.02)
 
 
+def test_masks_do_not_depend_on_the_width_of_floats():
+  """The float64 reference of fmzoo/precision.py drops what the others drop."""
+  narrow = unet.drop(jnp.ones((4, 8, 8, 4)), row_keys(4), 0, 0.3)
+  with jax.enable_x64():
+    wide = unet.drop(jnp.ones((4, 8, 8, 4)), row_keys(4), 0, 0.3)
+  assert wide.dtype == jnp.float64
+  np.testing.assert_array_equal(narrow == 0, wide == 0)
+
+
+def test_blocks_may_be_computed_again(warmed):
+  """model.remat changes no gradient."""
+  args, params = inputs()[0], warmed[1]
+
+  def gradient(remat):
+    net = unet.make(dataclasses.replace(TINY, remat=remat), SHAPE, 10)
+    return jax.jit(jax.grad(
+      lambda p: jnp.sum(net.apply(p, *args, dropout=row_keys()) ** 2)
+    ))(params)
+
+  for a, b in zip(*(jax.tree.leaves(gradient(remat)) for remat in (False, True))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
 def test_every_block_drops(monkeypatch, warmed):
   net, params = unet.make(TINY, SHAPE, 10), warmed[1]
   seen, drop = [], unet.drop
@@ -205,6 +228,8 @@ def test_a_network_without_augmentation_has_no_parameters_for_it():
 
 @pytest.mark.parametrize('changes,words', [
   ({'multipliers': ()}, r'model.multipliers=\(\) must be one whole number'),
+  ({'multipliers': (1.5, 2)}, r'model.multipliers=\(1.5, 2\) must be one whole number'),
+  ({'attention_resolutions': (7,)}, r'attention_resolutions=\(7,\) must be among .*\(8, 4\)'),
   ({'blocks': 0}, 'model.blocks=0 must be at least 1'),
   ({'dropout': 1.0}, 'model.dropout=1.0 must be at least 0 and below 1'),
   ({'augment_dim': -1}, 'model.augment_dim=-1 must be at least 0'),
