@@ -1,26 +1,26 @@
 """CIFAR-10's training pictures in memory, from whichever of its published forms is on disk.
 
-Binary files, pickled files (unpacked by an allow-list that runs none of their code) or a TFDS
-folder; nothing is downloaded.
+Binary files, pickled files (read by an interpreter that runs none of their code) or a TFDS folder;
+nothing is downloaded. Sizes are checked before anything is read.
 """
 
 import gzip
-import io
 import math
 import pathlib
-import pickle
+import re
 import tarfile
 import zlib
 
 import numpy as np
+
+from fmzoo.data import batch_pickle
 
 URL = 'https://www.cs.toronto.edu/~kriz/cifar.html'
 SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
 NUM_FILES = 5  # of the training split
 RECORD = 1 + math.prod(SHAPE)  # bytes: label, then red, green and blue, row by row
-UNPICKLED = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-             OverflowError, MemoryError)  # what a damaged pickle may raise
+CHUNK = 2**20  # bytes
 
 
 class Cifar10Source:
@@ -57,19 +57,21 @@ class Cifar10Source:
 
 def _read(path, rows):
   """Returns pixels [rows, 32, 32, 3] uint8 and labels [rows] int32 of what the folder holds."""
-  for folder, archive, pattern, decode in FORMS:
+  for folder, archive, pattern, decode, most_bytes in FORMS:
     names = [pattern.format(number) for number in range(1, NUM_FILES + 1)]
+    most = most_bytes(rows // NUM_FILES)
     if (path / folder).is_dir():
-      files = _from_folder(path / folder, names)
+      files = _from_folder(path / folder, names, most)
     elif (path / archive).is_file():
-      files = _from_archive(path / archive, folder, names)
+      files = _from_archive(path / archive, folder, names, most)
     else:
       continue
     parts = [decode(*file, rows // NUM_FILES) for file in files]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts))
     return pixels, labels
   for pattern in ('.', '*', 'cifar10/*'):
-    for info in sorted(path.glob(f'{pattern}/dataset_info.json'), reverse=True):
+    infos = path.glob(f'{pattern}/dataset_info.json')
+    for info in sorted(infos, key=lambda info: _version(info.parent), reverse=True):
       return _from_tfds(info.parent, rows)
   problem = 'holds no CIFAR-10' if path.is_dir() else 'is not a folder'
   raise ValueError(
@@ -78,25 +80,59 @@ def _read(path, rows):
   )
 
 
-def _from_folder(folder, names):
-  """Yields (path, content) of files."""
+def _version(folder):
+  """Returns what sorts folders by version, 3.0.10 after 3.0.2, and the ones without first."""
+  is_version = re.fullmatch(r'[0-9]+([.][0-9]+)*', folder.name)
+  return [int(part) for part in folder.name.split('.')] if is_version else [], folder.name
+
+
+def _from_folder(folder, names, most):
+  """Yields (path, content) of files, each of at most so many bytes."""
   for name in names:
-    if not (folder / name).is_file():
-      raise ValueError(f'{folder / name} is missing; extract the archive of {URL} again')
-    yield str(folder / name), (folder / name).read_bytes()
+    file = folder / name
+    if not file.is_file():
+      raise ValueError(f'{file} is missing; extract the archive of {URL} again')
+    if file.stat().st_size > most:
+      raise ValueError(
+        f'{file} has {file.stat().st_size} bytes, expected at most {most}; extract the archive of'
+        f' {URL} again'
+      )
+    yield str(file), file.read_bytes()
 
 
-def _from_archive(archive, folder, names):
+class _Bounded:
+  """Reads a stream, and no further than so many bytes from its start."""
+
+  def __init__(self, stream, most):
+    self.stream, self.most, self.left = stream, most, most
+
+  def read(self, size):
+    """Returns the next bytes."""
+    content = self.stream.read(size)
+    self.left -= len(content)
+    if self.left < 0:
+      raise tarfile.ReadError(f'it unpacks to more than {self.most} bytes')
+    return content
+
+
+def _from_archive(archive, folder, names, most):
   """Returns [(path, content)] of files in a .tar.gz, which is read once."""
   contents = {}
   try:
-    with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r|') as members:
-      for member in members:
-        *_, parent, name = ('', '', *pathlib.PurePosixPath(member.name).parts)
-        if member.isfile() and parent == folder and name in names:
-          contents[name] = members.extractfile(member).read()
-      stream.read()  # to its end, where the checksum is
-  except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    with gzip.open(archive) as unpacked:
+      stream = _Bounded(unpacked, 8 * most + CHUNK)  # six batches, text, and headers of any size
+      with tarfile.open(fileobj=stream, mode='r|') as members:
+        for member in members:
+          *_, parent, name = ('', '', *pathlib.PurePosixPath(member.name).parts)
+          if member.isfile() and parent == folder and name in names:
+            if member.size > most:
+              raise tarfile.ReadError(
+                f'{folder}/{name} in it has {member.size} bytes, expected at most {most}'
+              )
+            contents[name] = members.extractfile(member).read()
+      while stream.read(CHUNK):  # to its end, where the checksum is
+        pass
+  except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
     size = archive.stat().st_size
     raise ValueError(
       f'{archive}, {size} bytes, cannot be read: {error}; copy it from {URL} again'
@@ -121,64 +157,52 @@ def _from_binary(file, content, rows):
 def _from_pickle(file, content, rows):
   """Returns pixels and labels of a pickled file, a dict with b'data' and b'labels'."""
   try:
-    batch = _Unpickler(io.BytesIO(content), encoding='bytes').load()
-    pixels, labels = _array(batch[b'data']), np.array(batch[b'labels'], np.int32)
-  except UNPICKLED as error:
+    batch = batch_pickle.Pickle(content).load()
+    if type(batch) is not dict:
+      raise ValueError(f'it holds no dict but {type(batch).__name__}')
+    pixels, labels = _array(batch.get(b'data'), rows), _integers(batch.get(b'labels'), rows)
+  except (ValueError, OverflowError) as error:
     raise ValueError(
-      f'{file}, {len(content)} bytes, is no batch of CIFAR-10: {error!r}; copy it from {URL} again'
+      f'{file}, {len(content)} bytes, is no batch of CIFAR-10: {error}; copy it from {URL} again'
     ) from error
-  if pixels.shape != (rows, RECORD - 1) or labels.shape != (rows,):
-    raise ValueError(
-      f'{file} has data {pixels.shape} and labels {labels.shape}, expected {(rows, RECORD - 1)} and'
-      f' {(rows,)}; copy it from {URL} again'
-    )
   return _images(pixels), _checked_labels(file, labels)
 
 
-FORMS = (  # folder, archive, its files, what reads one
-  ('cifar-10-batches-bin', 'cifar-10-binary.tar.gz', 'data_batch_{}.bin', _from_binary),
-  ('cifar-10-batches-py', 'cifar-10-python.tar.gz', 'data_batch_{}', _from_pickle),
+FORMS = (  # folder, archive, its files, what reads one, the bytes of one at most
+  ('cifar-10-batches-bin', 'cifar-10-binary.tar.gz', 'data_batch_{}.bin', _from_binary,
+   lambda rows: rows * RECORD),
+  ('cifar-10-batches-py', 'cifar-10-python.tar.gz', 'data_batch_{}', _from_pickle,
+   lambda rows: 2 * rows * (RECORD + 100) + 4096),  # file names; Python 3 writes bytes as UTF-8
 )
 
 
-class _Recorded:
-  """Stands for an object of NumPy in a pickle: keeps how it is made and makes nothing."""
-
-  def __init__(self, *args):
-    self.args = args
-
-  def __setstate__(self, state):
-    self.state = state
-
-
-def _latin1(text, encoding):
-  """Does for a pickle what _codecs.encode would, in the one encoding that NumPy asks for."""
-  if encoding not in ('latin1', b'latin1'):
-    raise pickle.UnpicklingError(f'encoding {encoding!r} instead of latin1')
-  return text.encode('latin1')
-
-
-class _Unpickler(pickle.Unpickler):
-  """Reads dicts, lists, numbers, text and what describes a NumPy array; refuses all else."""
-
-  ALLOWED = {
-    ('numpy.core.multiarray', '_reconstruct'): _Recorded, ('numpy', 'ndarray'): _Recorded,
-    ('numpy', 'dtype'): _Recorded, ('_codecs', 'encode'): _latin1,
-  }
-
-  def find_class(self, module, name):
-    """Returns what stands for a global of the pickle."""
-    if (module, name) not in self.ALLOWED:
-      raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no such batch needs')
-    return self.ALLOWED[module, name]
-
-
-def _array(recorded):
-  """Returns the uint8 array that a pickle describes."""
-  _, shape, dtype, is_fortran, content = recorded.state
-  if dtype.args[0] not in ('u1', b'u1'):
-    raise ValueError(f'its data are {dtype.args[0]!r} and not uint8')
+def _array(recorded, rows):
+  """Returns the [rows, 3072] uint8 array that a pickle describes."""
+  state = recorded.state if type(recorded) is batch_pickle.Object else None
+  if type(state) is not tuple or len(state) != 5:
+    raise ValueError("its b'data' are no array")
+  _, shape, dtype, is_fortran, content = state
+  args = dtype.args if type(dtype) is batch_pickle.Object else None
+  kind = args[0] if type(args) is tuple and args else None
+  if type(kind) not in (bytes, str) or kind not in ('u1', b'u1'):
+    found = repr(kind[:batch_pickle.MAX_NAME]) if type(kind) in (bytes, str) else 'of no dtype'
+    raise ValueError(f'its data are {found} and not uint8')
+  if type(shape) is not tuple or [type(size) for size in shape] != [int, int]:
+    raise ValueError('its data have no shape of two numbers')
+  if shape != (rows, RECORD - 1):
+    raise ValueError(f'its data have shape {shape}, expected {(rows, RECORD - 1)}')
+  if type(content) is not bytes or type(is_fortran) not in (bool, int):
+    raise ValueError('its data are no bytes')
   return np.frombuffer(content, np.uint8).reshape(shape, order='F' if is_fortran else 'C')
+
+
+def _integers(values, rows):
+  """Returns the labels of a pickle as an array [rows]."""
+  if type(values) is not list or any(type(value) is not int for value in values):
+    raise ValueError("its b'labels' are no list of numbers")
+  if len(values) != rows:
+    raise ValueError(f'it has {len(values)} labels, expected {rows}')
+  return np.array(values, np.int64)
 
 
 def _images(pixels):
@@ -207,18 +231,19 @@ def _from_tfds(folder, rows):
   try:
     builder = tfds.builder_from_directory(folder)
     split = builder.info.splits.get('train')
-    found = f"{split.num_examples if split else 0} training rows of '{builder.name}'"
-    pairs = []
-    if found == f"{rows} training rows of 'cifar10'":
-      pairs = [(row['image'], row['label']) for row in builder.as_data_source('train')]
+    count, name = split.num_examples if split else 0, builder.name
+    is_expected = count == rows and name == 'cifar10'
+    train = builder.as_data_source('train') if is_expected else ()
+    pairs = [(row['image'], row['label']) for row in train]
   except (json_format.Error, ValueError, NotImplementedError, RuntimeError, OSError) as error:
     problem = str(error).partition('\n')[0]
     raise ValueError(
       f"{folder} cannot be read: {problem}; prepare it again with file_format='array_record'"
     ) from error
-  if not pairs:
+  if not is_expected:
     raise ValueError(
-      f"{folder} holds {found}, expected {rows} of 'cifar10'; prepare it again or set data.path"
+      f"{folder} holds {count} training rows of '{name}', expected {rows} of 'cifar10'; prepare it"
+      ' again or set data.path'
     )
   pixels, labels = (np.stack(arrays) for arrays in zip(*pairs))
   return pixels, _checked_labels(folder, labels)

@@ -1,7 +1,9 @@
 """CIFAR-10 in each of its forms gives the same rows; what is damaged or hostile is refused."""
 
+import gzip
 import io
 import json
+import pathlib
 import pickle
 import tarfile
 
@@ -226,23 +228,24 @@ def encoded(encoding):
 
 
 REFUSED = {  # what is in data_batch_3 of the Python version, and what the message says
-  'a call': (pickle.dumps(Calls()), 'it asks for builtins.print, which no such batch needs'),
-  'a class of NumPy': (pickle.dumps(np.float64(1), 2), '_core.multiarray.scalar, which'),
+  'a call': (pickle.dumps(Calls(), 2), "it asks for '__builtin__.print', which no such"),
+  'a class of NumPy': (pickle.dumps(np.float64(1), 2), "_core.multiarray.scalar', which"),
   'an encoding': (encoded(b'rot_13'), "encoding 'rot_13' instead of latin1"),
-  'no array': (pickle.dumps({b'data': [1], b'labels': [1]}), "has no attribute 'state'"),
+  'no array': (pickle.dumps({b'data': [1], b'labels': [1]}, 2), "its b'data' are no array"),
   'no labels': (
-    batch_pickle(PLANES[:2], LABELS[:2]).replace(b'labels', b'labelz'), "KeyError.b'labels'",
+    batch_pickle(PLANES[:2], LABELS[:2]).replace(b'labels', b'labelz'), "its b'labels' are no list",
   ),
-  'no dict': (pickle.dumps([1, 2]), 'TypeError'),
+  'no dict': (pickle.dumps([1, 2], 2), 'it holds no dict but list'),
   'another dtype': (batch_pickle(PLANES[:2], LABELS[:2], b'i1'), "data are b'i1' and not uint8"),
-  'a cut': (batch_pickle(PLANES[:2], LABELS[:2])[:999], 'pickle data was truncated'),
-  'nothing': (b'', '0 bytes, is no batch of CIFAR-10: EOFError'),
-  'garbage': (b'\xff\xfe' * 50, 'UnpicklingError'),
+  'a cut': (batch_pickle(PLANES[:2], LABELS[:2])[:999], 'it ends too early'),
+  'nothing': (b'', '0 bytes, is no batch of CIFAR-10: it ends too early'),
+  'garbage': (b'\xff\xfe' * 50, r"it has opcode b'.xff', which no such batch needs"),
+  'a later protocol': (pickle.dumps({}, 4), 'it is of protocol 4, expected 2'),
   'too few rows': (
     batch_pickle(PLANES[:1], LABELS[:1]),
-    r'has data \(1, 3072\) and labels \(1,\), expected \(2, 3072\) and \(2,\)',
+    r'its data have shape \(1, 3072\), expected \(2, 3072\)',
   ),
-  'too few labels': (batch_pickle(PLANES[:2], LABELS[:1]), r'labels \(1,\), expected'),
+  'too few labels': (batch_pickle(PLANES[:2], LABELS[:1]), 'it has 1 labels, expected 2'),
   'a label of ten': (batch_pickle(PLANES[:2], [1, 10]), 'has label 10, expected 0 to 9'),
 }
 
@@ -300,6 +303,54 @@ def test_damaged_archives_are_refused(tmp_path):
   pack(tmp_path, 'bin', names=['data_batch_1.bin'])
   with pytest.raises(ValueError, match='tar.gz holds no cifar-10-batches-bin/data_batch_2.bin; co'):
     cifar10.Cifar10Source(tmp_path, ROWS)
+
+
+def test_files_of_another_size_are_not_read(tmp_path, monkeypatch):
+  """A file of 3 GiB with nothing on the disk is refused by its size."""
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', None)
+  for form, name, most in (('py', 'data_batch_1', 16_788), ('bin', 'data_batch_1.bin', 6146)):
+    file = extract(tmp_path, form) / name
+    with file.open('wb') as sparse:
+      sparse.truncate(3 * 2**30)
+    message = f'{name} has 3221225472 bytes, expected at most {most}; extract the archive of http'
+    with pytest.raises(ValueError, match=message):
+      cifar10.Cifar10Source(tmp_path, ROWS)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_archives_that_claim_too_much_are_not_read(tmp_path, monkeypatch, form):
+  folder, archive, files = FORMS[form]
+  name = next(iter(files()))
+  member = tarfile.TarInfo(f'{folder}/{name}')
+  member.size = 3 * 2**30
+  (tmp_path / archive).write_bytes(gzip.compress(member.tobuf() + bytes(10_240)))
+  monkeypatch.setattr(tarfile.TarFile, 'extractfile', None)
+  message = f'cannot be read: {folder}/{name} in it has 3221225472 bytes, expected at most .* again'
+  with pytest.raises(ValueError, match=message):
+    cifar10.Cifar10Source(tmp_path, ROWS)
+
+
+def test_archives_are_not_unpacked_without_end(tmp_path):
+  """Neither what follows the files nor a header of tar is read whole; a little more is skipped."""
+  archive = pack(tmp_path, 'bin')
+  content = archive.read_bytes()
+  archive.write_bytes(content + gzip.compress(bytes(100_000)))
+  has_the_rows(cifar10.Cifar10Source(tmp_path, ROWS))
+  header = tarfile.TarInfo('PaxHeader')
+  header.type, header.size = tarfile.XHDTYPE, 3 * 2**30
+  zeros = bytes(5_000_000)
+  for damaged in (content + gzip.compress(zeros), gzip.compress(header.tobuf() + zeros)):
+    archive.write_bytes(damaged)
+    with pytest.raises(ValueError, match='read: it unpacks to more than 1097744 bytes; copy it'):
+      cifar10.Cifar10Source(tmp_path, ROWS)
+
+
+def test_the_newest_version_of_tfds_is_read(tmp_path):
+  """3.0.10 comes after 3.0.2, and a version after what is none."""
+  write_tfds(tmp_path / 'cifar10' / '3.0.10')
+  for other in ('3.0.2', '2.10.0', 'older'):
+    write_tfds(tmp_path / 'cifar10' / other, rows=9)
+  has_the_rows(cifar10.Cifar10Source(tmp_path, ROWS))
 
 
 @pytest.mark.parametrize('changes,message', [
