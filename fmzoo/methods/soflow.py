@@ -328,8 +328,6 @@ def make(config, net, latent_shape, num_classes):
     """
     if num_steps < 1:
       raise ValueError(f'sample.num_steps={num_steps} must be at least 1')
-    if not isinstance(renoise, bool):
-      raise ValueError(f'sample.renoise={renoise!r} must be True or False')
     keys = flow.split_rows(rng, num_steps)
     like = jnp.zeros((labels.shape[0], *latent_shape))
     noises = [flow.normal_like(key, like) for key in keys]

@@ -366,8 +366,3 @@ def test_contradictions_are_refused(changes, word):
 def test_guidance_of_a_network_without_labels_is_refused():
   with pytest.raises(ValueError, match='method.guidance=3.0 must be 1.0 for a network without'):
     soflow.make(GUIDED, BEND._replace(has_labels=False), (8, 8, 1), 10)
-
-
-def test_how_calls_are_joined_is_yes_or_no():
-  with pytest.raises(ValueError, match='sample.renoise=3 must be True or False'):
-    tiny.recipe('soflow', sample__renoise=3)
