@@ -190,7 +190,7 @@ class Hooks:
     left = (self.recipe.run.steps - done) / values['steps_per_second']
     self.progress.describe(loss=values['loss'])
     logging.info(
-      'step %d of %d: loss %.5f, gradient norm %.4f, %.1f steps/s, %d s left',
+      'step %d of %d: loss %.5g, gradient norm %.4g, %.1f steps/s, %d s left',
       done, self.recipe.run.steps, values['loss'], values['grad_norm'],
       values['steps_per_second'], left,
     )

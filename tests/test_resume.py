@@ -40,12 +40,12 @@ def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data
   if method == 'bfm_frn':
     train.train(tiny.recipe('bfm', run__steps=1, **changes), tmp_path / 'stage1')
     changes['run__init_from'] = str(tmp_path / 'stage1')
-  whole = train.train(tiny.recipe(method, run__steps=4, **changes), tmp_path / 'whole')
-  stopping = tiny.recipe(method, run__steps=4, **changes)
+  recipe = tiny.recipe(method, run__steps=4, **changes)
+  whole = train.train(recipe, tmp_path / 'whole')
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setattr(train.hosts.Preemption, 'reached', lambda self, done: done >= 2)
-    train.train(stopping, tmp_path / 'parts')
-  resumed = train.train(stopping, tmp_path / 'parts')
+    train.train(recipe, tmp_path / 'parts')
+  resumed = train.train(recipe, tmp_path / 'parts')
   jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
   assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
   assert sorted(losses(tmp_path / 'parts')) == [1, 2, 3, 4]

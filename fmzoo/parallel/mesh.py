@@ -121,8 +121,8 @@ def compile_ahead(function, mesh, *args):
   if not hosts.all_agree(kept + work <= free):
     remedy = (
       'use devices with more memory' if kept > free else
-      'lower data.batch_size, raise optim.accumulate_steps or set model.remat=True, which shrink'
-      ' the work, or use devices with more memory'
+      'lower data.batch_size, raise optim.accumulate_steps or, where the model has it, set'
+      ' model.remat=True, which shrink the work, or use devices with more memory'
     )
     raise ValueError(
       f'a step needs {(kept + work) / 1e9:.1f} GB on each device (state and batch {kept / 1e9:.1f},'
