@@ -31,7 +31,9 @@ def config(method, **changes):
   config.sample.update(num_images=10, batch_size=10)
   config.eval.update(name='none', num_images=20)
   if method == 'soflow_unet':
-    config.model.update(width=16, multipliers=(1,), blocks=1, dtype='float32')
+    config.model.update(
+      width=16, multipliers=(1,), blocks=1, attention_resolutions=(), dtype='float32'
+    )
     config.data.update(batch_size=4, augment=0.5)
     config.ema.update(decay=0.9, every_steps=3)
   else:
