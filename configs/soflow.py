@@ -26,23 +26,9 @@ SIZES = {
 }
 
 
-def get_config(size):
-  """Returns the recipe of a size of SIZES."""
-  config = base.imagenet()
-  config.run.steps = 400_000 if size == 'b4' else 1_200_000
-  config.data.batch_size = 256
-  config.model = ConfigDict({
-    'name': 'dit',
-    'mlp_ratio': 4.0,
-    'duration': True,
-    'dtype': 'bfloat16',
-    'precision': 'highest',  # of the conditioning, a hundredth of the work
-    'attention': 'xla',
-    'remat': True,
-    'unroll': 1,
-    **base.of_size(SIZES, size),
-  })
-  config.method = ConfigDict({
+def method():
+  """Returns the method keys of the official ImageNet recipe."""
+  return ConfigDict({
     'name': 'soflow',
     'path': 'linear',
     'solution': 'euler',
@@ -59,6 +45,25 @@ def get_config(size):
     'middle_initial': 0.1,
     'middle_final': 0.002,
   })
+
+
+def get_config(size):
+  """Returns the recipe of a size of SIZES."""
+  config = base.imagenet()
+  config.run.steps = 400_000 if size == 'b4' else 1_200_000
+  config.data.batch_size = 256
+  config.model = ConfigDict({
+    'name': 'dit',
+    'mlp_ratio': 4.0,
+    'duration': True,
+    'dtype': 'bfloat16',
+    'precision': 'highest',  # of the conditioning, a hundredth of the work
+    'attention': 'xla',
+    'remat': True,
+    'unroll': 1,
+    **base.of_size(SIZES, size),
+  })
+  config.method = method()
   config.optim.b2 = 0.99
   config.ema.decay = 0.9999
   config.sample.num_steps = 1

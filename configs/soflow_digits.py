@@ -9,7 +9,7 @@ learning rate 1e-4 and constant, its EMA decay 0.9999 without ramp.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, soflow
 
 
 def get_config():
@@ -29,23 +29,8 @@ def get_config():
     'remat': False,
     'unroll': 4,
   })
-  config.method = ConfigDict({
-    'name': 'soflow',
-    'path': 'linear',
-    'solution': 'euler',
-    'velocity_ratio': 0.75,
-    'time_mean': (-0.2, -1.0, 0.2),
-    'time_std': (1.0, 0.8, 0.8),
-    'guidance': 1.35,  # learned in training, so sampling pays nothing for it
-    'mix_ratio': 0.25,
-    'guidance_decay_time': 0.8,
-    'label_dropout': 0.1,
-    'weight_power': 1.0,
-    'weight_eps': 0.01,
-    'middle_schedule': 'exponent',
-    'middle_initial': 0.1,
-    'middle_final': 0.002,
-  })
+  config.method = soflow.method()
+  config.method.guidance = 1.35
   config.optim.learning_rate = 1e-3
   config.optim.warmup_steps = 100
   config.optim.schedule = 'cosine'

@@ -76,6 +76,7 @@ def samplers(recipes, *, batch, runs):
 
 
 def _seconds(call):
+  """Returns what a call took, its result included."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start

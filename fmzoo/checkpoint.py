@@ -68,6 +68,7 @@ def _named(tree):
 
 
 def _item(name):
+  """Returns the item of a checkpoint that holds a leaf."""
   root = name.split('.')[0]
   return root if root in _ITEMS else 'run'
 
@@ -224,6 +225,7 @@ class Checkpoints:
     abstract = _named(abstract_state)
 
     def select(step, leaves):
+      """Takes what is asked for of the stored tree."""
       if {_item(name) for name in abstract} != {'params'}:
         self._expect_training(step, leaves)
       self._expect_same_leaves(step, leaves, abstract)
@@ -258,6 +260,7 @@ class Checkpoints:
     subtrees = {_subtree(name) for name in abstract}
 
     def select(step, leaves):
+      """Takes what is asked for of the stored tree."""
       asked = {name: leaf for name, leaf in leaves.items() if _subtree(name) in subtrees}
       self._expect_same_leaves(step, asked, abstract)
       averaged = {name: 'ema' + name.removeprefix('params') for name in abstract}
@@ -326,6 +329,7 @@ class Checkpoints:
     args = {item: _restore_args(leaves) for item, leaves in _by_item(wanted).items()}
 
     def read():
+      """Reads one checkpoint."""
       items = self._manager.restore(step, args=ocp.args.Composite(**args))
       return {name: items[_item(name)][name] for name in wanted}
 

@@ -131,6 +131,7 @@ def write_official(path, params, recipe):
 
 
 def _converter(recipe):
+  """Returns the module that knows the official names of a recipe's network."""
   pair = (recipe.method_name, recipe.config['model']['name'])
   if pair not in CONVERTERS:
     known = ', '.join(' on '.join(pair) for pair in CONVERTERS)
@@ -142,10 +143,12 @@ def _converter(recipe):
 
 
 def _abstract(recipe):
+  """Returns the method's parameters as shapes."""
   return jax.eval_shape(recipe.method.init, jax.random.key(0))
 
 
 def _log(path, count, params):
+  """Says how much was read or written."""
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   logging.info('%s: %d tensors, %s parameters', path, count, f'{size:,}')
 

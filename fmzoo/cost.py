@@ -38,6 +38,7 @@ def tpu_passes(function, *args):
 
 
 def _passes(equation):
+  """Returns how often a TPU passes over the operands of a product."""
   precision = equation.params['precision']
   if equation.invars[0].aval.dtype != 'float32' or precision is None:
     return 1
@@ -45,10 +46,12 @@ def _passes(equation):
 
 
 def _count(jaxpr, weight):
+  """Sums the FLOPs of a jaxpr, each product weighted."""
   return sum(_equation(equation, weight) for equation in jaxpr.eqns)
 
 
 def _equation(equation, weight):
+  """Returns the weighted FLOPs of one equation and all inside it."""
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contract, _), _ = params['dimension_numbers']

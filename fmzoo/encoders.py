@@ -37,15 +37,18 @@ def fit_digits(images, labels, num_classes, seed):
   tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
 
   def loss(params, images, labels):
+    """Cross entropy of the classes."""
     logits = digits_encoder.apply(params, images)[1]
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
   @jax.jit
   def fit(rng, images, labels):
+    """Returns trained parameters and the share of images they classify rightly."""
     rng_init, rng_rows = jax.random.split(jax.random.fold_in(rng, STREAM))
     params = digits_encoder.init(rng_init, num_classes)
 
     def step(carry, key):
+      """One update on a random batch."""
       params, opt_state = carry
       rows = jax.random.randint(key, (BATCH,), 0, images.shape[0])
       grads = jax.grad(loss)(params, images[rows], labels[rows])

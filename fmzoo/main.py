@@ -22,6 +22,7 @@ def run(argv):
 
 
 def _train(recipe, workdir, values):
+  """See train.train; the status says whether it was stopped early."""
   from fmzoo import train
 
   state = train.train(recipe, workdir)
@@ -29,18 +30,21 @@ def _train(recipe, workdir, values):
 
 
 def _sample(recipe, workdir, values):
+  """See sample.sample."""
   from fmzoo import sample
 
   sample.sample(recipe, workdir, values.step)
 
 
 def _evaluate(recipe, workdir, values):
+  """See evaluate.evaluate."""
   from fmzoo import evaluate
 
   evaluate.evaluate(recipe, workdir, values.step, values.samples)
 
 
 def _convert(recipe, workdir, values):
+  """See convert_weights.convert."""
   from fmzoo import convert_weights
 
   convert_weights.convert(
@@ -49,6 +53,7 @@ def _convert(recipe, workdir, values):
 
 
 def _bench(recipe, workdir, values):
+  """See bench.bench and precision.report."""
   from fmzoo import bench, build, precision
 
   if values.precision:

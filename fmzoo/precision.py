@@ -184,6 +184,7 @@ def costs(subject, policies, runs):
 
 
 def _seconds(call, args):
+  """Returns what a call took, its result included."""
   start = time.perf_counter()
   jax.block_until_ready(call(*args))
   return time.perf_counter() - start

@@ -65,6 +65,7 @@ def micro_batches(batch, count, period):
   """
 
   def split(rows):
+    """Deals one array."""
     groups = rows.reshape(-1, count, period, *rows.shape[1:])
     return jnp.moveaxis(groups, 1, 0).reshape(count, -1, *rows.shape[1:])
 
@@ -80,6 +81,7 @@ def _accumulated(value_and_grad, params, batch, rng, *, count, period):
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
   def add(total, part):
+    """Adds the results of one micro-batch."""
     return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
   total, _ = jax.lax.scan(add, zeros, parts)
@@ -122,6 +124,7 @@ def make(
     params, fixed = partition(state.params, method.trainable(state.params))
 
     def loss_fn(params, batch, rng):
+      """The loss as a function of the trained leaves."""
       return method.loss(merge(params, fixed), batch, rng, state.step)
 
     (loss, metrics), grads = _accumulated(

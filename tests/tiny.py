@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_cifar10, soflow_digits
 from fmzoo import build
-from fmzoo.models import blockwise, vae
+from fmzoo.models import blockwise, unet, vae
 
 RECIPES = {
   'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
@@ -17,6 +17,14 @@ RECIPES = {
 }
 METHODS = ('fm', 'soflow', 'bfm', 'bfm_frn')  # on digits
 EVERY = (*METHODS, 'soflow_unet')  # for what pictures, dropout or augmentation could break
+UNET = unet.Config(
+  width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6,
+  dtype='float32', precision='highest', remat=False,
+)
+CIFAR_UNET = unet.Config(
+  width=128, multipliers=(2, 2, 2), blocks=4, attention_resolutions=(16,), dropout=0.3,
+  augment_dim=6, dtype='float32', precision='highest', remat=False,
+)
 VAE = vae.Config(  # doubles the side of latents
   widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, precision='highest'
 )

@@ -107,6 +107,7 @@ def to_official(entries, tree):
 
 
 def _leaf(tree, path):
+  """Returns the leaf at a path."""
   for name in path:
     tree = tree[name]
   return tree

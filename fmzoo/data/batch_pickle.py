@@ -83,55 +83,69 @@ class Pickle:
     return self.stack[-1]
 
   def check_protocol(self):
+    """PROTO: 2 and no other."""
     if (protocol := self.number(1)) != 2:
       raise ValueError(f'it is of protocol {protocol}, expected 2')
 
   def mark(self):
+    """MARK: remembers where the values of a container begin."""
     self.marks.append(len(self.stack))
 
   def put(self, size):
+    """BINPUT and LONG_BINPUT: remembers the top of the stack."""
     index, value = self.number(size), self.last(1)[0]
     self.memo[index] = value
     self.stack.append(value)
 
   def get(self, size):
+    """BINGET and LONG_BINGET: pushes what was remembered."""
     index = self.number(size)
     if index not in self.memo:
       raise ValueError(f'it asks for number {index} of its memo, which it has not put there')
     self.stack.append(self.memo[index])
 
   def push(self, value):
+    """Pushes the constant of an opcode."""
     self.stack.append(value)
 
   def push_new(self, kind):
+    """Pushes a new empty container."""
     self.stack.append(kind())
 
   def push_number(self, size, signed=False):
+    """Pushes an integer."""
     self.stack.append(self.number(size, signed))
 
   def push_long(self):
+    """Pushes a long integer."""
     self.stack.append(self.number(self.number(1), signed=True))
 
   def push_bytes(self, size):
+    """Pushes bytes."""
     self.stack.append(self.take(self.number(size)))
 
   def push_text(self):
+    """Pushes text."""
     self.stack.append(self.take(self.number(4)).decode())
 
   def push_tuple(self, count=None):
+    """Pushes a tuple of the topmost values."""
     self.stack.append(tuple(self.last(count)))
 
   def push_global(self):
+    """GLOBAL: pushes a stand-in, if the name is allowed."""
     name = f'{self.line()}.{self.line()}'
     if name not in self.GLOBALS:
       raise ValueError(f'it asks for {name!r}, which no such batch needs')
     self.stack.append(Object(name))
 
   def extend(self, count=None):
+    """APPEND and APPENDS."""
     values = self.last(count)
     self.top(list).extend(values)
 
   def update(self, count=None):
+    """SETITEM and SETITEMS."""
     values = self.last(count)
     target = self.top(dict)
     for key, value in zip(values[::2], values[1::2]):
@@ -140,6 +154,7 @@ class Pickle:
       target[key] = value
 
   def reduce(self):
+    """REDUCE: puts a stand-in, or the text it encodes, for the call."""
     args, = self.last(1)
     name = self.top(Object).name
     made = self.encoded(args) if name == '_codecs.encode' else Object(name, args)
@@ -158,6 +173,7 @@ class Pickle:
     return text.encode('latin1')
 
   def build(self):
+    """BUILD: gives a stand-in its state."""
     state, = self.last(1)
     self.top(Object).state = state
 

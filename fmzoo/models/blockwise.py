@@ -94,10 +94,12 @@ class JointLinear(nn.Module):
 
 
 def _numerics(config):
+  """Returns how the large products are computed."""
   return layers.Numerics(config.dtype, config.attention)
 
 
 def _core(config):
+  """Returns a block's attention and MLP."""
   numerics = _numerics(config)
   return layers.TransformerBlock(config.heads, config.mlp_ratio, numerics, True, name='core')
 

@@ -117,6 +117,7 @@ def make(config, latent_shape, num_classes, pairs=None):
   of_pairs = DiT(config, num_classes, pairs or layers.first_rows(config.dtype))
 
   def init(rng):
+    """See layers.Network."""
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))
     return net.init(rng, x, t, t, jnp.zeros((1,), jnp.int32))['params']
 
@@ -135,6 +136,7 @@ def make(config, latent_shape, num_classes, pairs=None):
       return net.apply({'params': params}, x, t, duration, labels)
 
   def trainable(params):
+    """See layers.Network."""
     trained = jax.tree.map(lambda _: True, params)
     return {**trained, 'pos_embed': False}
 

@@ -248,6 +248,7 @@ def position_table(grid, width):
   omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
 
   def encode(position):
+    """Returns waves of one coordinate."""
     angles = position.reshape(-1, 1) * omega[None]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 

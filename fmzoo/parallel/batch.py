@@ -23,6 +23,7 @@ def to_devices(batch, mesh, mode):
   local_devices = mesh.size // jax.process_count()
 
   def put(rows):
+    """Sends one array on its way."""
     if mode == 'pmap':
       rows = rows.reshape(local_devices, -1, *rows.shape[1:])
     return jax.make_array_from_process_local_data(sharding, rows)

@@ -8,16 +8,9 @@ from safetensors.numpy import load_file
 from fmzoo.convert import names
 from fmzoo.convert import soflow_unet as convert
 from fmzoo.models import unet
-from tests import golden_files
+from tests import golden_files, tiny
 
-CONFIG = unet.Config(
-  width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6,
-  dtype='float32', precision='highest', remat=False,
-)
-CIFAR = unet.Config(
-  width=128, multipliers=(2, 2, 2), blocks=4, attention_resolutions=(16,), dropout=0.3,
-  augment_dim=6, dtype='float32', precision='highest', remat=False,
-)
+CONFIG, CIFAR = tiny.UNET, tiny.CIFAR_UNET
 
 
 def abstract(config, side=8):

@@ -13,14 +13,7 @@ from fmzoo.models import layers, unet
 from tests import tiny
 
 SHAPE = (8, 8, 3)
-TINY = unet.Config(
-  width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6,
-  dtype='float32', precision='highest', remat=False,
-)
-CIFAR = unet.Config(
-  width=128, multipliers=(2, 2, 2), blocks=4, attention_resolutions=(16,), dropout=0.3,
-  augment_dim=6, dtype='float32', precision='highest', remat=False,
-)
+TINY, CIFAR = tiny.UNET, tiny.CIFAR_UNET
 
 
 @pytest.fixture(scope='module')
