@@ -42,7 +42,12 @@ def get():
     'channels': 1,  # C of what is generated
     'num_classes': 10,  # labels are 0 .. num_classes - 1
     'latent_scale': 1.0,  # moments are multiplied by it; 0.18215 for Stable Diffusion's VAE
-    'num_threads': 2,  # reading threads per host
+    'vae': '',  # latents: .safetensors of their Stable Diffusion VAE; makes them, decodes samples
+    'vae_dtype': 'float32',  # of its products, or 'bfloat16': faster, off by a few per cent
+    'encoder': '',  # latents: DINOv2's weights for features of stored images; '' is stored features
+    'flip': False,  # mirror each row with probability 1/2; latents need a mirrored copy stored
+    'num_threads': 2,  # reading threads per host, or per worker
+    'num_workers': 0,  # reading processes per host; 0 reads in the process that trains
     'augment': 0.0,  # cifar10: probability to scale, stretch, shift (and flips); 0 does nothing
   })
   config.model = ConfigDict()  # Config of models/<name>.py, and `name`: dit, unet or blockwise
@@ -72,7 +77,6 @@ def get():
     'seed': 0,  # image i depends on the seed and i alone
     'weights': 'ema',  # 'ema' or 'params'
     'png_folder': False,  # also one PNG per image
-    'vae': '',  # .safetensors of Stable Diffusion's VAE that decodes latents; '' leaves them so
     'num_steps': 1,  # network calls; per segment for BFM
   })
   config.eval = ConfigDict({

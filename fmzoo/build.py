@@ -7,13 +7,11 @@ before anything is loaded or written.
 import dataclasses
 import importlib
 import inspect
-import os
 import typing
 from typing import Any
 
 import jax
 
-from fmzoo import inputs as device_inputs
 from fmzoo import optimizer
 from fmzoo.methods import base, flow
 from fmzoo.models import digits_encoder, vae
@@ -34,6 +32,7 @@ CHOICES = {
   'model.precision': ('default', 'high', 'highest'),
   'model.attention': ('xla', 'cudnn'),
   'data.name': ('digits', 'cifar10', 'latents'),  # sources in fmzoo/data/<name>.py
+  'data.vae_dtype': ('float32', 'bfloat16'),
   'optim.name': optimizer.NAMES,
   'optim.schedule': ('constant', 'cosine'),
   'sample.weights': ('ema', 'params'),
@@ -42,7 +41,8 @@ CHOICES = {
 LIMITS = {  # lowest and highest value that can work; None is no limit
   'run.seed': (0, 2**32 - 1), 'run.steps': (1, 2**31 - 1),
   'data.batch_size': (1, None), 'data.latent_size': (1, None), 'data.channels': (1, None),
-  'data.num_classes': (1, None), 'data.num_threads': (0, None), 'data.augment': (0, 1),
+  'data.num_classes': (1, None), 'data.augment': (0, 1), 'data.num_threads': (0, None),
+  'data.num_workers': (0, None),
   'model.patch': (1, None), 'model.width': (1, None), 'model.depth': (1, None),
   'model.heads': (1, None), 'model.mlp_ratio': (0.01, None), 'model.unroll': (1, None),
   'model.segments': (1, None), 'model.segment_depth': (1, None), 'model.feature_depth': (1, None),
@@ -64,7 +64,7 @@ SECTIONS = ('run', 'data', 'model', 'method', 'optim', 'ema', 'sample', 'eval', 
 # What may change when a run goes on: everything but these keys, which decide what is learned.
 IDENTITY = (
   'data.name', 'data.latent_size', 'data.channels', 'data.num_classes', 'data.batch_size',
-  'data.augment',
+  'data.flip', 'data.augment',
 )
 # Fields of a model that are no part of what is learned.
 NUMERICS = ('dtype', 'precision', 'attention', 'remat', 'unroll')
@@ -90,7 +90,12 @@ class Data:
   channels: int
   num_classes: int
   latent_scale: float
+  vae: str
+  vae_dtype: str
+  encoder: str
+  flip: bool
   num_threads: int
+  num_workers: int
   augment: float
 
   @property
@@ -135,7 +140,6 @@ class Sample:
   seed: int
   weights: str
   png_folder: bool
-  vae: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,7 @@ def recipe(config):
     data=data,
     optim=optim,
     ema=_section(Ema, config, 'ema'),
-    sample=_sampling(config, data, options),
+    sample=_section(Sample, config, 'sample', drop=options),
     sample_options=options,
     eval=_section(Eval, config, 'eval'),
     mesh=_section(meshes.Config, config, 'mesh'),
@@ -286,6 +290,7 @@ def _check_data(config, data, method):
       f"data.augment={data.augment} needs data.name='cifar10', model.name='unet' and"
       f' model.augment_dim=6, found {found}; use 0'
     )
+  _check_images(data, method)
   if 'feature' in method.inputs and data.name == 'digits':
     tokens = (data.latent_size // config.model.patch) ** 2
     if (tokens, config.model.feature_dim) != (digits_encoder.TOKENS, digits_encoder.WIDTH):
@@ -296,15 +301,21 @@ def _check_data(config, data, method):
       )
 
 
-def _sampling(config, data, options):
-  """Returns section `sample`; refuses a VAE where there are no latents of its kind."""
-  sampling, channels = _section(Sample, config, 'sample', drop=options), vae.SD_VAE.latent_channels
-  if sampling.vae and (data.name, data.channels) != ('latents', channels):
+def _check_images(data, method):
+  """Refuses networks and mirror images where there are no latents, or no pictures, for them."""
+  channels = vae.SD_VAE.latent_channels
+  if data.vae and (data.name, data.channels) != ('latents', channels):
     raise ValueError(
-      f"sample.vae='{sampling.vae}' decodes latents of {channels} channels, not"
-      f" data.name='{data.name}', data.channels={data.channels}; set sample.vae=''"
+      f"data.vae='{data.vae}' decodes latents of {channels} channels, not"
+      f" data.name='{data.name}', data.channels={data.channels}; set data.vae=''"
     )
-  return sampling
+  if data.encoder and (data.name != 'latents' or 'feature' not in method.inputs):
+    raise ValueError(
+      f"data.encoder='{data.encoder}' is for data.name='latents' and a method that aligns with"
+      f" features, found data.name='{data.name}'; set data.encoder=''"
+    )
+  if data.flip and data.name == 'digits':
+    raise ValueError("data.flip=True mirrors digits, found data.name='digits'; use False")
 
 
 def _sample_options(config, method):
@@ -351,49 +362,3 @@ def stage_identity(recipe):
     key: recipe.identity[key] for key in keys
     if key not in ('model.frn_depth', 'data.batch_size', 'data.augment')
   }
-
-
-def data_path(data):
-  """Returns the folder of a data set that is on disk."""
-  root = os.environ.get('FMZOO_DATA_DIR', 'data')
-  return data.path or os.path.join(root, data.name)
-
-
-def source(recipe):
-  """Opens the rows of `data.name`: random access to dicts of numpy arrays.
-
-  Raises:
-    ValueError: if the data are missing or do not fit the recipe.
-  """
-  from fmzoo.data import cifar10, digits, latents, pipeline  # grain: not on every accelerator
-
-  data, network = recipe.data, recipe.network
-  aligned = 'feature' in recipe.method.inputs
-  rows = {
-    'digits': digits.DigitsSource,
-    'cifar10': lambda: cifar10.Cifar10Source(data_path(data)),
-    'latents': lambda: latents.LatentSource(data_path(data), with_feature=aligned),
-  }[data.name]()
-  tokens = (data.latent_size // network.patch) ** 2 if aligned else 0
-  pipeline.check_fit(
-    rows, latent_shape=data.latent_shape, num_classes=data.num_classes,
-    latent_scale=data.latent_scale,
-    feature_shape=(tokens, network.feature_dim) if aligned else None,
-  )
-  if aligned and data.name != 'digits' and not rows.feature_shape:
-    raise ValueError(
-      f"{rows.name}: no features of a frozen encoder are stored there, method"
-      f" '{recipe.method_name}' aligns with them; write latents with encoder and feature_shape,"
-      " as section 'Data' of README.md shows"
-    )
-  return rows
-
-
-def inputs(recipe, rows, workdir):
-  """Returns (inputs, frozen): what the device does before the loss, and its frozen parameters."""
-  if 'feature' not in recipe.method.inputs or rows.feature_shape:
-    return device_inputs.make(recipe.data.latent_scale, augment=recipe.data.augment), ()
-  from fmzoo import encoders
-
-  encode, frozen = encoders.digits(workdir, rows, recipe.data.num_classes, recipe.run.seed)
-  return device_inputs.make(recipe.data.latent_scale, encode), frozen

@@ -14,6 +14,7 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'train': (),
   'sample': ('step',),
   'evaluate': ('step', 'samples'),
+  'prepare': ('from', 'dtype', 'shard_rows'),
   'convert': ('step', 'weights', 'export'),
   'bench': ('against', 'runs', 'precision'),
 }
@@ -32,6 +33,7 @@ commands
   train      train, preview, checkpoint, evaluate; the same command again goes on (default)
   sample     checkpoint to images: .npz, grid PNG and, with --config.sample.png_folder, PNGs
   evaluate   checkpoint, or --samples=FILE.npz, to metrics and protocol.json
+  prepare    pictures (--from) to latents in data.path, as the recipe needs them; again: goes on
   convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
   bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
 
@@ -40,6 +42,10 @@ flags
   --workdir  where the run lives; default runs/<recipe name>
   --step     checkpoint to use, in finished steps; default the newest (sample, evaluate, convert)
   --samples  images to measure (evaluate)
+  --from     a folder of pictures (class folders or none), tfds:NAME[:SPLIT], SoFlow's .hdf5 or a
+             folder with images/ and vae-sd/ as for REPA (prepare)
+  --dtype    of stored moments, float16 (default) or float32 (prepare)
+  --shard_rows  images in a shard, what a kill loses at most; default 2048 (prepare)
   --weights  official .safetensors, or .pt, to read into a new workdir; of a training checkpoint
              config.sample.weights, ema or params, chooses ema_model or model (convert)
   --export   .safetensors to write, or .pt where torch is installed, official names and layouts;
@@ -63,7 +69,8 @@ def raised_here(error):
   trace = error.__traceback__
   while trace.tb_next:
     trace = trace.tb_next
-  return trace.tb_frame.f_globals.get('__name__', '').partition('.')[0] in ('fmzoo', '__main__')
+  # By file: frames of a reading process come without their module's name.
+  return pathlib.Path(__file__).parent in pathlib.Path(trace.tb_frame.f_code.co_filename).parents
 
 
 def parse(argv):
@@ -82,9 +89,11 @@ def parse(argv):
   if against is not None:
     recipes['against'] = recipe_config('against', against)
   values = flags.FlagValues()
-  for name in ('workdir', 'samples', 'weights', 'export'):
+  for name in ('workdir', 'samples', 'weights', 'export', 'from'):
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)
+  flags.DEFINE_integer('shard_rows', 2048, 'see USAGE', flag_values=values, lower_bound=1)
   flags.DEFINE_boolean('precision', False, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   for name, chosen in recipes.items():
@@ -129,6 +138,8 @@ def check_flags(command, given):
   for (first, second), choice in EXCLUSIVE.items():
     if {first, second} <= given:
       raise ValueError(f'--{first} and --{second} exclude each other: {choice}')
+  if command == 'prepare' and 'from' not in given:
+    raise ValueError("'prepare' needs --from=SOURCE, such as a folder of pictures; see --help")
   if command == 'convert' and not given & {'weights', 'export'}:
     raise ValueError(
       "'convert' needs --weights=FILE.safetensors to read official weights into the workdir, or"

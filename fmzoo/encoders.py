@@ -1,9 +1,11 @@
 """Frozen encoders whose patch features a method aligns with, ready to run on the device.
 
+`dinov2`: the published one, for images stored beside their latents.
 `digits`: there is no published encoder for 8x8 digits, so a small classifier is trained on them at
 the start of the run (seconds), frozen, and kept in the workdir for the runs that resume there.
 """
 
+import dataclasses
 import os
 import pathlib
 import zipfile
@@ -16,7 +18,9 @@ import optax
 from absl import logging
 from flax import traverse_util
 
+from fmzoo.convert import dinov2 as official_dinov2
 from fmzoo.models import digits_encoder
+from fmzoo.models import dinov2 as dinov2_model
 
 STREAM = zlib.crc32(b'encoder')  # keeps its random numbers apart from the run's
 STEPS, BATCH, LEARNING_RATE = 300, 128, 3e-3  # of the digits encoder: 21 epochs
@@ -75,7 +79,8 @@ def digits(workdir, source, num_classes, seed):
     seed: of the training.
 
   Returns:
-    encode: (params, latent [B, 8, 8, 1]) -> features [B, 16, F] float32; params: its tree.
+    encode: (params, batch with 'latent' [B, 8, 8, 1]) -> features [B, 16, F] float32; params: its
+      tree.
   """
   path = pathlib.Path(workdir) / 'encoder.npz'
   if path.exists():
@@ -95,4 +100,38 @@ def digits(workdir, source, num_classes, seed):
     temporary = path.with_suffix('.tmp.npz')
     np.savez(temporary, **traverse_util.flatten_dict(params, sep='/'))
     os.replace(temporary, path)
-  return lambda params, latent: digits_encoder.apply(params, latent)[0], params
+  return lambda params, batch: digits_encoder.apply(params, batch['latent'])[0], params
+
+
+def dinov2(path, *, grid, width, dtype):
+  """Returns (encode, params) of DINOv2, as REPA and BFM feed it: images resized to 14 pixels a token.
+
+  Args:
+    path: official weights, .safetensors or .pth, of ViT-S/B/L.
+    grid: (rows, columns) of the tokens.
+    width: F that is expected.
+    dtype: of its products, 'float32' or 'bfloat16'.
+
+  Returns:
+    encode: (params, batch with 'image' [B, h, w, 3] uint8) -> features [B, N, F] float32; params:
+      its tree.
+
+  Raises:
+    ValueError: one line, if the weights cannot be read or are of another network or width.
+  """
+  try:
+    config, params = official_dinov2.load(path, grid)
+  except ValueError as error:
+    raise ValueError(f'data.encoder: {error}') from error
+  if config.width != width:
+    raise ValueError(
+      f'data.encoder={path} gives features of width {config.width}, not model.feature_dim={width};'
+      f' set it to {config.width} or use weights of that width'
+    )
+  net = dinov2_model.make(dataclasses.replace(config, dtype=dtype))
+
+  def encode(params, batch):
+    """Returns the patch features of images."""
+    return net.features(params, dinov2_model.preprocess(batch['image'], grid[0] * config.patch))
+
+  return encode, params

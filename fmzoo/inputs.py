@@ -27,17 +27,26 @@ def from_pixels(pixels):
   return (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
 
 
-def make(latent_scale, encode=None, augment=0.0):
+def mirror(images, chosen):
+  """Returns images [B, H, W, C], left and right exchanged where `chosen` [B] is true."""
+  return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def make(latent_scale, encode=None, augment=0.0, flip=False):
   """Builds inputs(frozen, batch, rng [B]) -> batch with 'latent' and, given an encoder, 'feature'.
 
   Without an encoder, a 'feature' that the batch brings along (stored with its latents) stays, in
   float32. Pictures may come as 'pixels' in place of 'latent'; with augmentation a batch also gets
-  'augment' [B, 6], what `augment.labels_of` says of it.
+  'augment' [B, 6], what `augment.labels_of` says of it. Where half of the rows are mirrored,
+  'moments' are those of the image and of its mirror image, [B, 2, H, W, 2 C]; an 'image' that the
+  encoder sees is mirrored with its latent.
 
   Args:
     latent_scale: see `sample_moments`; used when a batch holds 'moments' in place of 'latent'.
-    encode: (frozen, latent [B, H, W, C]) -> features [B, N, F] of a frozen encoder, or None.
+    encode: (frozen, batch) -> features [B, N, F] of a frozen encoder, or None; the batch has its
+      'latent', and its 'image' [B, h, w, 3] uint8 where images are stored.
     augment: probability of `augment.augment`, applied to 'pixels'; 0 leaves them as they are.
+    flip: True mirrors each row with probability 1/2.
 
   Returns:
     A pure function; `frozen` are the encoder's parameters.
@@ -46,18 +55,28 @@ def make(latent_scale, encode=None, augment=0.0):
   def inputs(frozen, batch, rng):
     """Returns the batch that the method's loss sees."""
     batch = dict(batch)
+    rng_flip, rng_noise, rng_augment = jnp.moveaxis(
+      jax.vmap(lambda key: jax.random.split(key, 3))(rng), 1, 0
+    )
+    chosen = jax.vmap(jax.random.bernoulli)(rng_flip) if flip else None  # [B]
     if 'moments' in batch:
       moments = batch.pop('moments')
-      noise = flow.normal_like(rng, moments[..., : moments.shape[-1] // 2])
+      if flip:
+        moments = jnp.where(chosen[:, None, None, None], moments[:, 1], moments[:, 0])
+      noise = flow.normal_like(rng_noise, moments[..., : moments.shape[-1] // 2])
       batch['latent'] = sample_moments(moments, noise, latent_scale)
+    for name in ('pixels', 'image') if flip else ():
+      if name in batch:
+        batch[name] = mirror(batch[name], chosen)
     if 'pixels' in batch:
       batch['latent'] = from_pixels(batch.pop('pixels'))
       if augment > 0:
         batch['latent'], batch['augment'] = augmentation.augment(
-          batch['latent'], augmentation.draw(rng), augment
+          batch['latent'], augmentation.draw(rng_augment), augment
         )
     if encode is not None:
-      batch['feature'] = jax.lax.stop_gradient(encode(frozen, batch['latent']))
+      batch['feature'] = jax.lax.stop_gradient(encode(frozen, batch))
+    batch.pop('image', None)
     if 'feature' in batch:
       batch['feature'] = batch['feature'].astype(jnp.float32)
     return batch

@@ -43,6 +43,13 @@ def _evaluate(recipe, workdir, values):
   evaluate.evaluate(recipe, workdir, values.step, values.samples)
 
 
+def _prepare(recipe, workdir, values):
+  """See data.prepare.prepare."""
+  from fmzoo.data import prepare
+
+  prepare.prepare(recipe, values['from'].value, dtype=values.dtype, shard_rows=values.shard_rows)
+
+
 def _convert(recipe, workdir, values):
   """See convert_weights.convert."""
   from fmzoo import convert_weights
@@ -63,7 +70,8 @@ def _bench(recipe, workdir, values):
 
 
 COMMANDS = {
-  'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'convert': _convert, 'bench': _bench,
+  'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'prepare': _prepare,
+  'convert': _convert, 'bench': _bench,
 }
 
 

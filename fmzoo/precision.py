@@ -230,16 +230,14 @@ def random_params(method, seed=0):
 
 def trained(recipe, workdir):
   """Returns (parameters, batch) of a run: its newest checkpoint and the first rows of its data."""
-  from fmzoo import build, sample, step  # with orbax and grain, which an accelerator may lack
+  from fmzoo import sample, sources, step  # with orbax and grain, which an accelerator may lack
   from fmzoo.parallel import mesh as meshes
 
   params, _ = sample.load_params(recipe, meshes.make(recipe.mesh), workdir)
-  rows = build.source(recipe)
-  rows = [rows[i] for i in range(recipe.data.batch_size)]
-  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-  inputs, frozen = build.inputs(recipe, rows, workdir)
-  keys = step.row_keys(jax.random.key(0), jnp.arange(len(rows)))
-  return params, inputs(frozen, batch, keys)
+  rows, size = sources.open_rows(recipe), recipe.data.batch_size
+  inputs, frozen = sources.inputs(recipe, rows, workdir)
+  keys = step.row_keys(jax.random.key(0), jnp.arange(size))
+  return params, inputs(frozen, rows.batch(np.arange(size)), keys)
 
 
 def untrained(recipe):

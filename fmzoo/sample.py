@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from fmzoo import checkpoint, cost, pictures, writer
-from fmzoo.convert import vae as official_vae
-from fmzoo.models import vae
+from fmzoo import checkpoint, cost, pictures, sources, writer
 from fmzoo.parallel import mesh as meshes
 
 PREVIEW_COLUMNS = 10
@@ -55,7 +53,7 @@ class Decoder:
   """A frozen VAE that turns the latents of a recipe into images, a few rows at a time.
 
   Args:
-    recipe: build.Recipe; `sample.vae` names the weights.
+    recipe: build.Recipe; `data.vae` names the weights.
     mesh: devices that share the rows; each keeps a copy of the weights.
 
   Raises:
@@ -63,12 +61,9 @@ class Decoder:
   """
 
   def __init__(self, recipe, mesh):
-    try:
-      params = official_vae.load(recipe.sample.vae)
-    except ValueError as error:
-      raise ValueError(f'sample.vae: {error}') from error
+    params = sources.load_vae(recipe.data)
     whole, scale = meshes.replicated(mesh), recipe.data.latent_scale
-    decode = vae.make(vae.SD_VAE).decode
+    decode = sources.autoencoder(recipe.data).decode
     self.most = DECODED_ROWS * mesh.size
     self.params = jax.device_put({'decoder': params['decoder']}, whole)
     self.run = jax.jit(
@@ -98,7 +93,7 @@ class Sampler:
 
   def __init__(self, recipe, mesh):
     self.recipe, self.mesh = recipe, mesh
-    self.decode = Decoder(recipe, mesh) if recipe.sample.vae else None
+    self.decode = Decoder(recipe, mesh) if recipe.data.vae else None
     rows = meshes.rows_sharded(mesh)
     self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
 
@@ -201,7 +196,7 @@ def describe(recipe, **chosen):
 def sample(recipe, workdir, at_step=None):
   """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
 
-  Latents are decoded if `sample.vae` is given, else written as they are: see `pictures.save_npz`.
+  Latents are decoded if `data.vae` is given, else written as they are: see `pictures.save_npz`.
 
   Args:
     recipe: build.Recipe.
@@ -223,7 +218,8 @@ def sample(recipe, workdir, at_step=None):
     for batch in sampler.batches(params, labels, settings.seed, progress=True)
   ])
   folder = pathlib.Path(workdir) / 'samples'
-  decoder = {'vae': settings.vae} if settings.vae else {}  # latents stay beside their images
+  vae_file = recipe.data.vae
+  decoder = {'vae': vae_file} if vae_file else {}  # latents stay beside their images
   chosen = describe(recipe, weights=settings.weights, labels=settings.labels, **decoder)
   name = f'step={done}_n={len(images)}_{chosen}'
   path = folder / f'{name}.npz'
@@ -235,7 +231,7 @@ def sample(recipe, workdir, at_step=None):
   else:
     logging.warning(
       '%d latents of step %d, no images yet: %s (array latents, times data.latent_scale=%g) and'
-      ' its grid in false colours, .png; --config.sample.vae=FILE.safetensors decodes them',
+      ' its grid in false colours, .png; --config.data.vae=FILE.safetensors decodes them',
       len(images), done, path, recipe.data.latent_scale,
     )
   if settings.png_folder:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, pictures, sample, step, writer
+from fmzoo import build, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
@@ -34,7 +34,7 @@ def train(recipe, workdir):
   method, settings = recipe.method, recipe.run
   mesh = meshes.make(recipe.mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
-  rows = build.source(recipe)
+  rows = sources.open_rows(recipe)
   checkpoints = sample.open_checkpoints(recipe, workdir, read_only=False)
   begun = time.time()
   with contextlib.ExitStack() as stack:
@@ -42,15 +42,16 @@ def train(recipe, workdir):
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
     sampler = sample.Sampler(recipe, mesh)
-    inputs, frozen = build.inputs(recipe, rows, workdir)
+    inputs, frozen = sources.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
-    train_step = compile_step(recipe, mesh, inputs, frozen, rows[0])
+    row = {name: values[0] for name, values in rows.batch(np.arange(1)).items()}
+    train_step = compile_step(recipe, mesh, inputs, frozen, row)
     state, start = restore_or_init(recipe, mesh, checkpoints)
     write_config(recipe, workdir)
     source = stack.enter_context(contextlib.closing(pipeline.batches(
       rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
       process_index=jax.process_index(), process_count=jax.process_count(),
-      num_threads=recipe.data.num_threads,
+      num_threads=recipe.data.num_threads, num_workers=recipe.data.num_workers,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
     hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, start))

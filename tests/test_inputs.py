@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fmzoo import augment, build, cost, encoders, inputs, step
-from fmzoo.data import digits, latents, pipeline
+from fmzoo.data import digits, latents, pipeline, shards
 from fmzoo.methods import base
 from tests import tiny
 
@@ -87,7 +87,7 @@ def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):
   """From disk through pipeline and train step; the loss hands it back as a metric."""
   rng = np.random.default_rng(0)
   features = rng.standard_normal((6, 3, 5)).astype(np.float32)
-  latents.write_latents(
+  shards.write_latents(
     tmp_path, ({'moments': np.ones((2, 2, 2)), 'feature': f, 'label': 0} for f in features),
     latent_shape=(2, 2, 1), num_classes=1, vae='toy', vae_hash='', scale=1.0, crop='none',
     dtype='float32', encoder='toy', feature_shape=(3, 5),

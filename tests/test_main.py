@@ -159,10 +159,10 @@ CASES = {
   'no checkpoint': (('sample', RECIPE, *SMALL, '--workdir={empty}'), ('checkpoint', 'train')),
   'no such step': (('sample', '--workdir={workdir}', '--step=7'), ('7', '2')),
   'vae without latents': (
-    (RECIPE, '--config.sample.vae=x.safetensors'), ('sample.vae', 'x.safetensors', 'data.name')),
+    (RECIPE, '--config.data.vae=x.safetensors'), ('data.vae', 'x.safetensors', 'data.name')),
   'vae of other latents': (
-    (RECIPE, '--config.sample.vae=x.safetensors', '--config.data.name=latents',
-     '--config.eval.name=none'), ('data.channels=1', '4', 'sample.vae')),
+    (RECIPE, '--config.data.vae=x.safetensors', '--config.data.name=latents',
+     '--config.eval.name=none'), ('data.channels=1', '4', 'data.vae')),
   'label out of range': (
     ('sample', '--workdir={workdir}', '--config.sample.labels=3,10'), ('3,10', '0 to 9')),
   'label not a number': (

@@ -1,4 +1,4 @@
-"""Latents become images where `sample.vae` names a decoder, and stay latents where none is."""
+"""Latents become images where `data.vae` names a decoder, and stay latents where none is."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ from PIL import Image
 from fmzoo import main, pictures, sample, train
 from fmzoo.convert import vae as official
 from fmzoo.convert import weights
-from fmzoo.data import latents
+from fmzoo.data import shards
 from fmzoo.models import vae
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
@@ -47,14 +47,14 @@ def folder(small, tmp_path_factory):
   folder = tmp_path_factory.mktemp('vae')
   rng = np.random.default_rng(0)
   moments = np.abs(rng.standard_normal((8, SIDE, SIDE, 2 * CHANNELS)))
-  latents.write_latents(
+  shards.write_latents(
     folder / 'latents', ({'moments': m, 'label': i} for i, m in enumerate(moments)),
     latent_shape=(SIDE, SIDE, CHANNELS), num_classes=10, vae='toy', vae_hash='', scale=SCALE,
     crop='none',
   )
   weights.save(folder / 'vae.safetensors', official.to_official(tiny.random_vae(), tiny.VAE))
   recipe = tiny_recipe(
-    folder, sample__vae=str(folder / 'vae.safetensors'), log__preview_every_steps=2,
+    folder, data__vae=str(folder / 'vae.safetensors'), log__preview_every_steps=2,
     log__log_every_steps=1, sample__batch_size=100,
   )
   train.train(recipe, folder / 'run')
@@ -94,11 +94,11 @@ def test_sample_writes_decoded_images_beside_latents(folder, monkeypatch):
   """Those of the command line equal its latents, divided by the scale and decoded by hand."""
   warnings = []
   monkeypatch.setattr(sample.logging, 'warning', lambda text, *args: warnings.append(text % args))
-  plain, path = run_sample(folder, '--config.sample.vae=')
+  plain, path = run_sample(folder, '--config.data.vae=')
   assert set(plain) == {'latents', 'labels'}
   assert plain['latents'].shape == (COUNT, SIDE, SIDE, CHANNELS)
   told, = warnings
-  assert re.match(r'11 latents of step 2, no images yet: .*0\.18215.*--config.sample.vae=', told)
+  assert re.match(r'11 latents of step 2, no images yet: .*0\.18215.*--config.data.vae=', told)
   images, image_path = run_sample(folder, '--config.sample.png_folder=True')
   assert path != image_path and path.exists() and len(warnings) == 1
   assert set(images) == {'arr_0', 'labels'}
@@ -124,7 +124,7 @@ def test_previews_of_training_are_decoded(folder):
 def test_latents_are_decoded_a_few_at_a_time_on_every_device(folder, monkeypatch):
   """One shape and one compilation a batch size, never more rows than a device has room for."""
   monkeypatch.setattr(sample, 'DECODED_ROWS', 3)
-  recipe = tiny_recipe(folder, sample__vae=str(folder / 'vae.safetensors'))
+  recipe = tiny_recipe(folder, data__vae=str(folder / 'vae.safetensors'))
   latent = SCALE * np.random.default_rng(1).standard_normal((13, SIDE, SIDE, CHANNELS))
   latent = latent.astype(np.float32)
   expected = by_hand(latent)
@@ -140,12 +140,12 @@ def test_latents_are_decoded_a_few_at_a_time_on_every_device(folder, monkeypatch
 
 
 @pytest.mark.parametrize('name,message', [
-  ('missing.safetensors', r'sample.vae: \S*missing.safetensors cannot be read as safetensors'),
-  ('other.safetensors', r'sample.vae: \S*other.safetensors: holds 0 of the 124 tensors'),
+  ('missing.safetensors', r'data.vae: \S*missing.safetensors cannot be read as safetensors'),
+  ('other.safetensors', r'data.vae: \S*other.safetensors: holds 0 of the 124 tensors'),
 ])
 def test_a_wrong_file_stops_a_run_before_anything_is_written(folder, tmp_path, name, message):
   weights.save(tmp_path / 'other.safetensors', {'x': np.zeros(1, np.float32)})
-  recipe = tiny_recipe(folder, sample__vae=str(tmp_path / name))
+  recipe = tiny_recipe(folder, data__vae=str(tmp_path / name))
   for command in (train.train, sample.sample):
     with pytest.raises(ValueError, match=message):
       command(recipe, tmp_path / 'run')
@@ -158,7 +158,7 @@ def test_a_wrong_file_stops_a_run_before_anything_is_written(folder, tmp_path, n
 ])
 def test_a_decoder_of_other_data_is_refused(small, tmp_path, changes, words):
   with pytest.raises(ValueError) as error:
-    tiny_recipe(tmp_path, sample__vae='x.safetensors', **changes)
+    tiny_recipe(tmp_path, data__vae='x.safetensors', **changes)
   assert str(error.value) == (
-    f"sample.vae='x.safetensors' decodes latents of 4 channels, not {words}; set sample.vae=''"
+    f"data.vae='x.safetensors' decodes latents of 4 channels, not {words}; set data.vae=''"
   )

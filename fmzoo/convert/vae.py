@@ -6,6 +6,8 @@ read, neither is written.
 """
 
 import dataclasses
+import hashlib
+import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +21,9 @@ RENAMED = {  # name in newer exports: official name
   'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn',
 }
 PLACE = '.attentions.0.'
+PUBLISHED = {  # SHA-256 of diffusion_pytorch_model.safetensors, as recorded in public repositories
+  'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815': 'stabilityai/sd-vae-ft-mse',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +173,30 @@ def load(path):
       return from_official(tensors, vae.SD_VAE)
     except names.Misfit as error:
       raise ValueError(f'{path}: {error}') from error
+
+
+def name_of(path):
+  """Returns the name of a file of weights for manifests: the official one, if it is known by hash."""
+  with open(path, 'rb') as content:
+    found = hashlib.file_digest(content, 'sha256').hexdigest()
+  return PUBLISHED.get(found, pathlib.Path(path).name)
+
+
+def encoder_hash(params, config=vae.SD_VAE):
+  """Returns the SHA-256 of an encoder's weights: equal for files that make the same latents.
+
+  Fine-tuned decoders keep it, and so do other names of the tensors.
+
+  Args:
+    params: the tree's part 'encoder', float32.
+    config: models.vae.Config.
+  """
+  known = [entry for entry in entries(config) if entry.path[0] == 'encoder']
+  tensors, digest = names.to_official(known, {'encoder': params}), hashlib.sha256()
+  for key in sorted(tensors):
+    digest.update(f'{key} {tensors[key].shape}'.encode())
+    digest.update(np.ascontiguousarray(tensors[key], '<f4'))
+  return digest.hexdigest()
 
 
 def _uniform(tensors):

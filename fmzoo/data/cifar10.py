@@ -24,7 +24,7 @@ CHUNK = 2**20  # bytes
 
 
 class Cifar10Source:
-  """Rows {'pixels': [32, 32, 3] uint8, 'label': [] int32} by index, 150 MB of memory in all.
+  """Batches {'pixels': [B, 32, 32, 3] uint8, 'label': [B] int32} of rows by index; 150 MB in all.
 
   The first of these in the folder is read: `cifar-10-batches-bin/`, `cifar-10-binary.tar.gz`,
   `cifar-10-batches-py/`, `cifar-10-python.tar.gz`, and then `dataset_info.json` of TFDS in it, in
@@ -51,8 +51,9 @@ class Cifar10Source:
   def __len__(self):
     return len(self._labels)
 
-  def __getitem__(self, index):
-    return {'pixels': self._pixels[index], 'label': self._labels[index]}
+  def batch(self, indices):
+    """Returns the rows of indices [B]."""
+    return {'pixels': self._pixels[indices], 'label': self._labels[indices]}
 
 
 def _read(path, rows):

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class DigitsSource:
-  """Rows {'latent': [8, 8, 1] float32 in [-1, 1], 'label': [] int32} by index.
+  """Batches {'latent': [B, 8, 8, 1] float32 in [-1, 1], 'label': [B] int32} of rows by index.
 
   A pixel of 0 .. 16 becomes pixel / 8 - 1, exactly.
   Source: UCI "Optical Recognition of Handwritten Digits", test set, as in sklearn.load_digits.
@@ -26,8 +26,9 @@ class DigitsSource:
   def __len__(self):
     return len(self._labels)
 
-  def __getitem__(self, index):
-    return {'latent': self._images[index], 'label': self._labels[index]}
+  def batch(self, indices):
+    """Returns the rows of indices [B]."""
+    return {'latent': self._images[indices], 'label': self._labels[indices]}
 
   def arrays(self):
     """Returns all rows at once: images [1797, 8, 8, 1] float32, labels [1797] int32; copies."""

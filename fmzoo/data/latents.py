@@ -1,26 +1,24 @@
 """The stored latent format: VAE moments of many images in ArrayRecord shards, and a manifest.
 
 A folder holds `manifest.json` (`Manifest`) and the shards `latents-00000-of-00004.array_record`. A
-record is the bytes of moments [H, W, 2 C], C mean channels and then C standard deviations, of the
-patch features [N, F] of a frozen encoder, if there are any, and of the label as int32;
-little-endian, no header. Moments are unscaled.
+record is, little-endian and without a header: the moments [H, W, 2 C] of an image, C mean channels
+and then C standard deviations, unscaled; where `mirrored`, those of its mirror image; the patch
+features [N, F] of a frozen encoder, if there are any; the image [h, w, 3] itself in bytes, if it is
+kept; the label as int32. Here they are read; data/shards.py writes them.
 """
 
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
-import os
 import pathlib
-import tempfile
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-VERSION = 2
+VERSION = 3
 DTYPES = {'float16': np.dtype('<f2'), 'float32': np.dtype('<f4')}
-LABEL = np.dtype('<i4')
+# Bits of a number as an integer without its sign, and the lowest such integer that is not finite.
+BITS = {'float16': ('<u2', 0x7FFF, 0x7C00), 'float32': ('<u4', 0x7FFFFFFF, 0x7F800000)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,83 +27,152 @@ class Manifest:
 
   version: int  # of this format
   count: int  # rows in all shards
-  shards: list  # {'name', 'count' (rows), 'bytes', 'sha256'} of each file, in the order of the rows
+  shards: list  # {'name', 'count' (rows), 'bytes', 'sha256', 'first' (sha256 of its first record)}
   latent_shape: list  # [H, W, C]
   layout: str  # order of a latent's axes; 'HWC'
   dtype: str  # of the stored moments and features, 'float16' or 'float32'
+  mirrored: bool  # moments of the mirror image follow those of the image
   num_classes: int  # labels are 0 .. num_classes - 1
+  classes: list  # their names in that order; [] where they have none
   vae: str  # name of the VAE that made the moments
-  vae_hash: str  # of its weights
+  vae_hash: str  # of its encoder's weights, convert.vae.encoder_hash; '' where nobody knows
   scale: float  # latent = scale times a draw from the moments
   crop: str  # how images were cut before encoding
   encoder: str  # name of the frozen encoder that made the features; '' where none are stored
   feature_shape: list  # [N, F], patch tokens and their width; [] where none are stored
+  image_shape: list  # [h, w, 3] of the stored images, uint8; [] where none are stored
+  unreadable: list  # names of images of the source that could not be read, and are left out
+
+
+def record_dtype(manifest):
+  """Returns the layout of a record as a packed structured dtype, its fields in their order."""
+  height, width, channels = manifest.latent_shape
+  number = DTYPES[manifest.dtype]
+  moments = (height, width, 2 * channels)
+  fields = [('moments', number, (2, *moments) if manifest.mirrored else moments)]
+  if manifest.feature_shape:
+    fields.append(('feature', number, tuple(manifest.feature_shape)))
+  if manifest.image_shape:
+    fields.append(('image', np.uint8, tuple(manifest.image_shape)))
+  return np.dtype([*fields, ('label', '<i4')])
 
 
 class LatentSource:
-  """Rows {'moments': [H, W, 2 C] float32, 'label': [] int32} by index.
+  """Batches {'moments': [B, H, W, 2 C], 'label': [B] int32} of rows by index.
 
-  Rows also have 'feature', [N, F] in the stored dtype (half the bytes on their way to the device),
-  where features are stored and asked for: only then is `encoder` not '' and `feature_shape` not ().
-  Opening checks that every shard is there with the
-  size and rows of the manifest; checksums take a pass over all bytes and are for `verify`.
+  Moments come in the stored dtype (half the bytes on their way to the device), and with those of
+  the mirror image, [B, 2, H, W, 2 C], where asked for. So do 'feature' [B, N, F], in the stored
+  dtype, and 'image' [B, h, w, 3] uint8: where they are stored and asked for. Only then is `encoder`
+  not '' and `feature_shape`, `image_shape` not (). Opening checks that every shard is there with
+  the size, the rows and the first record of the manifest; checksums take a pass over all bytes and
+  are for `verify`.
 
   Args:
-    path: folder written by `write_latents`.
-    with_feature: False leaves stored features out of the rows, for methods that need none.
+    path: folder written by data/shards.py.
+    with_feature, with_image, with_mirror: False leaves these out of the rows, for what needs none.
 
   Raises:
     ValueError: one line, if the folder is missing, incomplete or of another format.
   """
 
-  def __init__(self, path, with_feature=True):
-    self.manifest = read_manifest(path)
+  def __init__(self, path, with_feature=True, with_image=False, with_mirror=False):
+    manifest = self.manifest = read_manifest(path)
     self.name = f'data.path={path}'
-    height, width, channels = self.latent_shape = tuple(self.manifest.latent_shape)
-    self.num_classes = self.manifest.num_classes
-    self.latent_scale = self.manifest.scale
-    self.encoder = self.manifest.encoder if with_feature else ''
-    self.feature_shape = tuple(self.manifest.feature_shape) if with_feature else ()
-    self._moments_shape = (height, width, 2 * channels)
-    self._dtype = DTYPES[self.manifest.dtype]
+    self.latent_shape = tuple(manifest.latent_shape)
+    self.num_classes = manifest.num_classes
+    self.latent_scale = manifest.scale
+    self.mirrored = with_mirror and manifest.mirrored
+    self.encoder = manifest.encoder if with_feature else ''
+    self.feature_shape = tuple(manifest.feature_shape) if with_feature else ()
+    self.image_shape = tuple(manifest.image_shape) if with_image else ()
+    self._record = record_dtype(manifest)
+    self._fields = self._wanted_fields()
+    self._first_rows = np.cumsum([0, *(shard['count'] for shard in manifest.shards)])
     files = []
-    for shard in self.manifest.shards:
+    for shard in manifest.shards:
       file = _check_size(path, shard)
       _check_rows(path, shard)
       files.append(f'{file}[0:{shard["count"]}]')  # rows given, so it is not opened once more
     self._records = array_record_data_source.ArrayRecordDataSource(files)
 
+  def _wanted_fields(self):
+    """Returns {name: (dtype, shape, offset in the record)} of what goes into the rows."""
+    fields = {}
+    for name, (field, offset) in self._record.fields.items():
+      dtype, shape = field.subdtype or (field, ())
+      if name == 'moments' and self.manifest.mirrored and not self.mirrored:
+        shape = shape[1:]  # the image's own come first
+      wanted = {'feature': self.feature_shape, 'image': self.image_shape}.get(name, True)
+      if wanted:
+        fields[name] = dtype, shape, offset
+    return fields
+
   def __len__(self):
     return self.manifest.count
 
-  def __getitem__(self, index):
-    if not 0 <= index < len(self):
-      raise IndexError(f'row {index} of {len(self)}')
+  def batch(self, indices):
+    """Returns the rows of indices [B], each in 0 .. len - 1, as {name: [B, ...]}.
+
+    Raises:
+      ValueError: names the shard and the record that is damaged or holds what is no number.
+    """
+    rows = {
+      name: np.empty((len(indices), *shape), dtype)
+      for name, (dtype, shape, _) in self._fields.items()
+    }
+    for i, index in enumerate(indices):
+      record = self._read(int(index))
+      for name, (dtype, shape, offset) in self._fields.items():
+        count = int(np.prod(shape))
+        rows[name][i] = np.frombuffer(record, dtype, count, offset).reshape(shape)
+    self._check_finite(rows['moments'], indices)
+    return rows
+
+  def _read(self, index):
+    """Returns the bytes of a record."""
     try:
       record = self._records[index]
     except RuntimeError as error:
       raise ValueError(
-        f'{self.name}: row {index} is damaged; fmzoo.data.latents.verify names the shard, write'
-        ' the latents again'
+        f'{self._place(index)} is damaged ({str(error).splitlines()[0]}); copy that shard or write'
+        ' it again'
       ) from error
-    stored = self.manifest.feature_shape  # also where rows leave features out
-    moments = math.prod(self._moments_shape)
-    numbers = moments + (math.prod(stored) if stored else 0)
-    if len(record) != numbers * self._dtype.itemsize + LABEL.itemsize:
-      features = f', features {tuple(stored)}' if stored else ''
+    if len(record) != self._record.itemsize:
       raise ValueError(
-        f'{self.name}: row {index} has {len(record)} bytes, which is not moments'
-        f' {self._moments_shape}{features} {self.manifest.dtype} and a label; write the latents'
-        ' again'
+        f'{self._place(index)} has {len(record)} bytes, manifest.json says'
+        f' {self._record.itemsize} ({self._layout()}); write the latents again'
       )
-    values = np.frombuffer(record, self._dtype, numbers)
-    row = {
-      'moments': values[:moments].reshape(self._moments_shape).astype(np.float32),
-      'label': np.frombuffer(record[-LABEL.itemsize :], LABEL)[0].astype(np.int32),
-    }
-    if self.feature_shape:
-      row['feature'] = values[moments:].reshape(self.feature_shape)
-    return row
+    return record
+
+  def _layout(self):
+    """Returns the fields of a record in words."""
+    return ', '.join(
+      f'{name} {field.shape} {field.base.name}' for name, (field, _) in self._record.fields.items()
+    )
+
+  def _place(self, index):
+    """Returns where a row is, for messages."""
+    shard = int(np.searchsorted(self._first_rows, index, side='right')) - 1
+    return (
+      f'{self.name}: record {index - self._first_rows[shard]} of'
+      f' {self.manifest.shards[shard]["name"]} (row {index})'
+    )
+
+  def _check_finite(self, moments, indices):
+    """Refuses moments that are no numbers; compares bits, which takes a microsecond a row."""
+    bits, magnitude, lowest = BITS[self.manifest.dtype]
+    magnitudes = moments.view(bits) & bits_of(bits, magnitude)
+    if magnitudes.size and magnitudes.max() >= lowest:
+      largest = magnitudes.reshape(len(indices), -1).max(axis=1)
+      index = int(indices[int(np.argmax(largest))])
+      raise ValueError(
+        f'{self._place(index)} holds moments that are not finite; write the latents again'
+      )
+
+
+def bits_of(dtype, value):
+  """Returns an integer as a scalar of an unsigned dtype."""
+  return np.dtype(dtype).type(value)
 
 
 def read_manifest(path):
@@ -117,23 +184,18 @@ def read_manifest(path):
   file = pathlib.Path(path) / 'manifest.json'
   if not file.is_file():
     problem = 'holds no manifest.json' if file.parent.is_dir() else 'is not a folder'
+    if (file.parent / PARTIAL).is_dir():
+      problem += ': `prepare` did not finish there, the same command goes on'
     raise ValueError(
-      f'data.path={path} {problem}; expected latents as fmzoo.data.latents.write_latents writes'
-      " them (manifest.json and ArrayRecord shards): write them there, as section 'Data' of"
-      ' README.md shows, or set data.path'
+      f'data.path={path} {problem}; expected latents (manifest.json and ArrayRecord shards): make'
+      " them with `prepare --from=PICTURES`, as section 'Data' of README.md shows, or set data.path"
     )
   try:
     values = json.loads(file.read_text())
     if values['version'] != VERSION:
       raise ValueError(f'version {values["version"]}, this fmzoo reads version {VERSION}')
     manifest = Manifest(**values)
-    if manifest.layout != 'HWC' or manifest.dtype not in DTYPES:
-      raise ValueError(
-        f'layout {manifest.layout}, dtype {manifest.dtype}; expected HWC, {" or ".join(DTYPES)}'
-      )
-    if len(manifest.latent_shape) != 3:
-      raise ValueError(f'latent_shape {manifest.latent_shape}, expected [H, W, C]')
-    _check_encoder(manifest.encoder, manifest.feature_shape)
+    check(manifest)
     if sum(shard['count'] for shard in manifest.shards) != manifest.count:
       raise ValueError(f'count {manifest.count}, but its shards have another sum')
   except (ValueError, KeyError, TypeError) as error:
@@ -143,6 +205,37 @@ def read_manifest(path):
   return manifest
 
 
+PARTIAL = 'partial'  # folder of a manifest's beginnings, see data/shards.py
+
+
+def check(manifest):
+  """Refuses a Manifest whose fields do not fit each other.
+
+  Raises:
+    ValueError: names the field and what is expected.
+  """
+  if manifest.layout != 'HWC' or manifest.dtype not in DTYPES:
+    raise ValueError(
+      f"layout '{manifest.layout}', dtype '{manifest.dtype}'; expected HWC,"
+      f' {" or ".join(DTYPES)}'
+    )
+  if len(manifest.latent_shape) != 3:
+    raise ValueError(f'latent_shape {manifest.latent_shape}, expected [H, W, C]')
+  if bool(manifest.encoder) != bool(manifest.feature_shape):
+    raise ValueError(
+      f"encoder='{manifest.encoder}', feature_shape={manifest.feature_shape}: expected both or"
+      ' neither'
+    )
+  if len(manifest.feature_shape) not in (0, 2):
+    raise ValueError(f'feature_shape {manifest.feature_shape}, expected [N, F]')
+  if manifest.image_shape and (len(manifest.image_shape) != 3 or manifest.image_shape[2] != 3):
+    raise ValueError(f'image_shape {manifest.image_shape}, expected [h, w, 3]')
+  if manifest.classes and len(manifest.classes) != manifest.num_classes:
+    raise ValueError(
+      f'{len(manifest.classes)} names in classes, expected num_classes={manifest.num_classes}'
+    )
+
+
 def verify(path):
   """Reads every byte of the shards and compares the checksums with the manifest.
 
@@ -150,138 +243,12 @@ def verify(path):
     ValueError: names the first shard that is missing, cut short or changed.
   """
   for shard in read_manifest(path).shards:
-    found = _sha256(_check_size(path, shard))
+    found = sha256(_check_size(path, shard))
     if found != shard['sha256']:
       raise ValueError(
         f'data.path={path}: shard {shard["name"]} has checksum {found}, manifest.json says'
         f' {shard["sha256"]}; copy or write it again'
       )
-
-
-def write_latents(
-  path, rows, *, latent_shape, num_classes, vae, vae_hash, scale, crop,
-  dtype='float16', rows_per_shard=65536, encoder='', feature_shape=(),
-):
-  """Writes a folder that `LatentSource` reads; it counts as written once its manifest is there.
-
-  Args:
-    path: folder; made if missing, refused if it has a manifest.
-    rows: iterable of {'moments': [H, W, 2 C], mean and standard deviation, 'label': int}, and
-      'feature': [N, F] if there is an encoder.
-    latent_shape: (H, W, C).
-    num_classes, vae, vae_hash, scale, crop, dtype: see `Manifest`.
-    rows_per_shard: most rows of a file.
-    encoder, feature_shape: see `Manifest`; both or neither.
-
-  Returns:
-    The Manifest.
-
-  Raises:
-    ValueError: if there are latents already or no rows, or a row has another shape, a label out of
-      range, a negative standard deviation or a number that `dtype` cannot hold.
-  """
-  path = pathlib.Path(path)
-  if (path / 'manifest.json').exists():
-    raise ValueError(f'{path} holds latents already; choose another folder or remove them first')
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype='{dtype}' must be {' or '.join(DTYPES)}")
-  _check_encoder(encoder, list(feature_shape))
-  manifest = Manifest(
-    version=VERSION, count=0, shards=[], latent_shape=list(latent_shape), layout='HWC',
-    dtype=dtype, num_classes=num_classes, vae=vae, vae_hash=vae_hash, scale=scale, crop=crop,
-    encoder=encoder, feature_shape=list(feature_shape),
-  )
-  path.mkdir(parents=True, exist_ok=True)
-  records = (_encode(row, index, manifest) for index, row in enumerate(rows))
-  with tempfile.TemporaryDirectory(dir=path, prefix='partial-') as partial:
-    counts = []
-    for record in records:
-      shard = itertools.chain([record], itertools.islice(records, rows_per_shard - 1))
-      counts.append(_write_shard(pathlib.Path(partial) / str(len(counts)), shard))
-    if not counts:
-      raise ValueError(f'no rows to write to {path}')
-    shards = _publish(path, partial, counts)
-    manifest = dataclasses.replace(manifest, count=sum(counts), shards=shards)
-    text = json.dumps(dataclasses.asdict(manifest), indent=2)
-    (pathlib.Path(partial) / 'manifest.json').write_text(text)
-    os.replace(pathlib.Path(partial) / 'manifest.json', path / 'manifest.json')
-  return manifest
-
-
-def _check_encoder(encoder, feature_shape):
-  """Refuses an encoder without features, features without an encoder, and those not [N, F]."""
-  if bool(encoder) != bool(feature_shape):
-    raise ValueError(
-      f"encoder='{encoder}', feature_shape={feature_shape}: expected both or neither"
-    )
-  if len(feature_shape) not in (0, 2):
-    raise ValueError(f'feature_shape {feature_shape}, expected [N, F]')
-
-
-def _encode(row, index, manifest):
-  """Returns the bytes of one record, checked."""
-  height, width, channels = manifest.latent_shape
-  moments = _stored(row, index, 'moments', (height, width, 2 * channels), manifest.dtype)
-  lowest = moments[..., channels:].min()
-  if lowest < 0:
-    raise ValueError(
-      f'row {index} has a standard deviation of {lowest}, expected 0 or more; if the last'
-      f' {channels} channels of its moments are log-variances, write exp(log-variance / 2)'
-    )
-  if ('feature' in row) != bool(manifest.feature_shape):
-    problem = 'a feature' if 'feature' in row else 'no feature'
-    raise ValueError(
-      f"row {index} has {problem}, expected what encoder='{manifest.encoder}', feature_shape="
-      f'{manifest.feature_shape} say'
-    )
-  content = moments.tobytes()
-  if manifest.feature_shape:
-    shape = tuple(manifest.feature_shape)
-    content += _stored(row, index, 'feature', shape, manifest.dtype).tobytes()
-  label = int(row['label'])
-  if not 0 <= label < manifest.num_classes:
-    raise ValueError(f'row {index} has label {label}, expected 0 to {manifest.num_classes - 1}')
-  return content + np.array(label, LABEL).tobytes()
-
-
-def _stored(row, index, key, shape, dtype):
-  """Returns an array of a row in the type that is stored, checked."""
-  with np.errstate(over='ignore'):  # what does not fit becomes inf, and is refused below
-    array = np.asarray(row[key]).astype(DTYPES[dtype])
-  if array.shape != shape:
-    raise ValueError(f'row {index} has {key} {array.shape}, expected {shape}')
-  if not np.isfinite(array).all():
-    raise ValueError(
-      f'row {index} has {key} with numbers that {dtype} cannot hold; check it or use float32'
-    )
-  return array
-
-
-def _write_shard(file, records):
-  """Writes records to one file and returns how many."""
-  # Groups of 1 for random access; moments are noise to a compressor.
-  writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
-  count = 0
-  try:
-    for record in records:
-      writer.write(record)
-      count += 1
-  finally:
-    writer.close()
-  return count
-
-
-def _publish(path, partial, counts):
-  """Moves finished shards to their final names; returns their entries in the manifest."""
-  entries = []
-  for index, count in enumerate(counts):
-    file = pathlib.Path(partial) / str(index)
-    name = f'latents-{index:05d}-of-{len(counts):05d}.array_record'
-    entries.append(
-      {'name': name, 'count': count, 'bytes': file.stat().st_size, 'sha256': _sha256(file)}
-    )
-    os.replace(file, path / name)
-  return entries
 
 
 def _check_size(path, shard):
@@ -298,20 +265,26 @@ def _check_size(path, shard):
 
 
 def _check_rows(path, shard):
-  """Opens a shard and compares its number of rows with the manifest."""
+  """Opens a shard and compares its number of rows and the first of them with the manifest."""
   try:
     reader = array_record_module.ArrayRecordReader(str(pathlib.Path(path) / shard['name']))
     found = f'{reader.num_records()} rows'
+    first = hashlib.sha256(reader.read([0])[0]).hexdigest()
     reader.close()
   except RuntimeError:
-    found = 'no readable end'
+    found, first = 'no readable end', None
+  problem = None
   if found != f'{shard["count"]} rows':
+    problem = f'has {found}, manifest.json says {shard["count"]} rows'
+  elif first != shard['first']:
+    problem = 'begins with another record than manifest.json says, so it is of another run'
+  if problem:
     raise ValueError(
-      f'data.path={path}: shard {shard["name"]} has {found}, manifest.json says {shard["count"]}'
-      ' rows; copy or write it again'
+      f'data.path={path}: shard {shard["name"]} {problem}; copy or write it again'
     )
 
 
-def _sha256(file):
+def sha256(file):
+  """Returns the checksum of a file's bytes, hexadecimal."""
   with open(file, 'rb') as content:
     return hashlib.file_digest(content, 'sha256').hexdigest()

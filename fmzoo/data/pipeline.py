@@ -5,6 +5,7 @@ iterator state is ever saved.
 """
 
 import grain
+from absl import flags
 
 
 def batches(
@@ -17,6 +18,7 @@ def batches(
   process_count=1,
   shuffle=True,
   num_threads=2,
+  num_workers=0,
 ):
   """Yields this process's rows of the global batches start_step, start_step + 1, ... without end.
 
@@ -25,32 +27,45 @@ def batches(
   (p + 1) B / P - 1 and reads no others.
 
   Args:
-    source: rows by index: `len(source)`, `source[i]` -> {name: numpy array or scalar}.
+    source: rows by index: `len(source)`, `source.batch(indices [n])` -> {name: array [n, ...]}.
     batch_size: B, global.
     seed: of the order, 0 or more.
     start_step: k of the first batch.
     process_index: p.
     process_count: P; divides B.
     shuffle: False keeps the source's order in every epoch.
-    num_threads: that read ahead; 0 reads in the caller's thread.
+    num_threads: that read ahead, in each worker; 0 reads in the caller's thread.
+    num_workers: processes that read, batch by batch in turn; the source must be picklable. 0 reads
+      in this one. Neither number changes a batch.
 
   Returns:
-    Iterator of {name: [B / P, ...]} with a `close()` that ends the reading threads.
+    Iterator of {name: [B / P, ...]} with a `close()` that ends the reading threads and workers.
 
   Raises:
     ValueError: if there are no rows, or a number is out of range.
   """
-  _check(source, batch_size, seed, start_step, process_index, process_count, num_threads)
-  rows = grain.MapDataset.source(source).seed(seed)
+  _check(
+    source, batch_size, process_index, process_count,
+    {'run.seed': seed, 'start_step': start_step, 'data.num_threads': num_threads,
+     'data.num_workers': num_workers},
+  )
+  indices = grain.MapDataset.range(len(source)).seed(seed)
   if shuffle:
-    rows = rows.shuffle()
+    indices = indices.shuffle()
   # Batches of B / P first and every P-th of them afterwards: so each process gets contiguous rows
   # of a global batch, which is how a global array is cut over hosts. Slicing is lazy.
-  local = rows.repeat().batch(batch_size // process_count, drop_remainder=True)
-  local = local[process_index::process_count][start_step:]
+  local = indices.repeat().batch(batch_size // process_count, drop_remainder=True)
+  local = local[process_index::process_count][start_step:].map(source.batch)
   # An element is a batch here, and grain's default would hold 500 of them in memory.
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-  return iter(local.to_iter_dataset(options))
+  rows = local.to_iter_dataset(options)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():  # grain asks them for its debugging switches
+      flags.FLAGS.mark_as_parsed()
+    rows = rows.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+    )
+  return iter(rows)
 
 
 def check_fit(source, *, latent_shape, num_classes, latent_scale, feature_shape=None):
@@ -86,7 +101,7 @@ def check_fit(source, *, latent_shape, num_classes, latent_scale, feature_shape=
       )
 
 
-def _check(source, batch_size, seed, start_step, process_index, process_count, num_threads):
+def _check(source, batch_size, process_index, process_count, not_negative):
   """Raises ValueError for arguments of `batches` that make no sense."""
   if len(source) < 1:
     raise ValueError('the data set has no rows, at least 1 is needed; check data.name, data.path')
@@ -98,8 +113,6 @@ def _check(source, batch_size, seed, start_step, process_index, process_count, n
     raise ValueError(
       f'data.batch_size={batch_size} cannot be split over {process_count} process(es); use {sizes}'
     )
-  for key, value in (
-    ('run.seed', seed), ('start_step', start_step), ('data.num_threads', num_threads),
-  ):
+  for key, value in not_negative.items():
     if value < 0:
       raise ValueError(f'{key}={value} must be 0 or more')

@@ -38,6 +38,11 @@ def make(config):
   return Mesh(np.array(devices[:size]), ('data',))
 
 
+def local():
+  """Returns a Mesh of this host's own devices, for work that hosts do apart."""
+  return Mesh(np.array(jax.local_devices()), ('data',))
+
+
 def replicated(mesh):
   """Returns the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

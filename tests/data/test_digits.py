@@ -13,12 +13,12 @@ def test_rows_are_the_digits_of_scikit_learn():
   original = sklearn.datasets.load_digits()
   assert len(source) == 1797
   for index in (0, 5, 1796):
-    row = source[index]
-    assert sorted(row) == ['label', 'latent']
-    assert row['latent'].shape == (8, 8, 1) and row['latent'].dtype == np.float32
-    assert row['label'].shape == () and row['label'].dtype == np.int32
-    np.testing.assert_array_equal((row['latent'][..., 0] + 1) * 8, original.images[index])
-    assert row['label'] == original.target[index]
+    rows = source.batch(np.array([index]))
+    assert sorted(rows) == ['label', 'latent']
+    assert rows['latent'].shape == (1, 8, 8, 1) and rows['latent'].dtype == np.float32
+    assert rows['label'].shape == (1,) and rows['label'].dtype == np.int32
+    np.testing.assert_array_equal((rows['latent'][0, ..., 0] + 1) * 8, original.images[index])
+    assert rows['label'] == original.target[index]
 
 
 def test_arrays_hold_every_row_and_the_whole_range():
@@ -28,15 +28,15 @@ def test_arrays_hold_every_row_and_the_whole_range():
   assert labels.shape == (1797,) and labels.dtype == np.int32
   assert images.min() == -1 and images.max() == 1
   assert set(labels) == set(range(source.num_classes))
-  np.testing.assert_array_equal(images[17], source[17]['latent'])
+  np.testing.assert_array_equal(images[17], source.batch([17])['latent'][0])
   images[:] = 0  # a copy: the source keeps its own
-  assert source[17]['latent'].max() == 1
+  assert source.batch([17])['latent'].max() == 1
 
 
 def test_source_travels_to_worker_processes():
   source = digits.DigitsSource()
   copy = pickle.loads(pickle.dumps(source))
-  np.testing.assert_array_equal(copy[3]['latent'], source[3]['latent'])
+  np.testing.assert_array_equal(copy.batch([3])['latent'], source.batch([3])['latent'])
 
 
 def test_digits_go_through_the_pipeline():

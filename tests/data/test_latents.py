@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fmzoo.data import latents, pipeline
+from fmzoo.data import latents, pipeline, shards
 
 SHAPE = (4, 4, 2)
 COUNT = 10
@@ -37,7 +37,13 @@ def write(path, rows=None, **changes):
     'latent_shape': SHAPE, 'num_classes': 5, 'vae': 'toy-vae', 'vae_hash': 'abc', 'scale': 0.18215,
     'crop': 'centre 256', 'rows_per_shard': 4,
   }
-  return latents.write_latents(path, some_rows() if rows is None else rows, **options | changes)
+  return shards.write_latents(path, some_rows() if rows is None else rows, **options | changes)
+
+
+def read(source):
+  """Returns every row of a source by itself."""
+  rows = source.batch(np.arange(len(source)))
+  return [{name: values[i] for name, values in rows.items()} for i in range(len(source))]
 
 
 @pytest.fixture
@@ -58,8 +64,8 @@ def test_rows_come_back_in_order(tmp_path, dtype):
   write(tmp_path, rows, dtype=dtype)
   source = latents.LatentSource(tmp_path)
   assert len(source) == COUNT
-  for want, have in zip(rows, source, strict=True):
-    assert have['moments'].dtype == np.float32 and have['label'].dtype == np.int32
+  for want, have in zip(rows, read(source), strict=True):
+    assert have['moments'].dtype == dtype and have['label'].dtype == np.int32
     assert have['label'].shape == ()
     np.testing.assert_array_equal(have['moments'], want['moments'])
     assert have['label'] == want['label']
@@ -70,7 +76,7 @@ def test_float32_moments_keep_every_digit(tmp_path):
   rows = [{'moments': np.full((4, 4, 4), 1 / 3, np.float32), 'label': 0}]
   write(tmp_path, rows, dtype='float32')
   np.testing.assert_array_equal(
-    latents.LatentSource(tmp_path)[0]['moments'], rows[0]['moments']
+    latents.LatentSource(tmp_path).batch([0])['moments'][0], rows[0]['moments']
   )
 
 
@@ -81,7 +87,7 @@ def test_features_come_back_bit_for_bit(tmp_path, dtype):
   assert (manifest.encoder, manifest.feature_shape) == ('toy-encoder', [3, 6])
   source = latents.LatentSource(tmp_path)
   assert (source.encoder, source.feature_shape) == ('toy-encoder', (3, 6))
-  for want, have in zip(rows, source, strict=True):
+  for want, have in zip(rows, read(source), strict=True):
     assert sorted(have) == ['feature', 'label', 'moments']
     assert have['feature'].dtype == dtype
     assert have['feature'].tobytes() == want['feature'].tobytes()
@@ -95,21 +101,39 @@ def test_features_may_be_left_out_of_the_rows(tmp_path):
   source = latents.LatentSource(tmp_path, with_feature=False)
   assert (source.encoder, source.feature_shape) == ('', ())
   assert source.manifest.encoder == 'toy-encoder'
-  for want, have in zip(rows, source, strict=True):
+  for want, have in zip(rows, read(source), strict=True):
     assert sorted(have) == ['label', 'moments'] and have['label'] == want['label']
     np.testing.assert_array_equal(have['moments'], want['moments'])
+
+
+def test_images_and_mirrored_moments_come_where_asked_for(tmp_path):
+  rng = np.random.default_rng(2)
+  rows = [
+    {'moments': np.stack([row['moments'], row['moments'][:, ::-1]]), 'label': row['label'],
+     'image': rng.integers(0, 256, (6, 6, 3), np.uint8)} for row in some_rows()
+  ]
+  write(tmp_path, rows, mirrored=True, image_shape=(6, 6, 3), classes=list('abcde'))
+  whole = latents.LatentSource(tmp_path, with_image=True, with_mirror=True)
+  assert (whole.image_shape, whole.mirrored) == ((6, 6, 3), True)
+  part = latents.LatentSource(tmp_path)
+  assert (part.image_shape, part.mirrored) == ((), False)
+  for row, all_of_it, bare in zip(rows, read(whole), read(part), strict=True):
+    assert sorted(all_of_it) == ['image', 'label', 'moments'] and sorted(bare) == ['label', 'moments']
+    for name in ('moments', 'image', 'label'):
+      np.testing.assert_array_equal(all_of_it[name], row[name])
+    np.testing.assert_array_equal(bare['moments'], row['moments'][0])
 
 
 @pytest.mark.parametrize('with_feature', [True, False])
 def test_latents_without_features_have_none(folder, with_feature):
   source = latents.LatentSource(folder, with_feature=with_feature)
   assert (source.encoder, source.feature_shape) == ('', ())
-  assert sorted(source[0]) == ['label', 'moments']
+  assert sorted(source.batch([0])) == ['label', 'moments']
 
 
 def test_manifest_says_what_the_folder_holds(folder):
   manifest = json.loads((folder / 'manifest.json').read_text())
-  assert manifest['version'] == 2 and manifest['count'] == COUNT
+  assert manifest['version'] == 3 and manifest['count'] == COUNT
   assert manifest['encoder'] == '' and manifest['feature_shape'] == []
   assert manifest['latent_shape'] == [4, 4, 2] and manifest['layout'] == 'HWC'
   assert manifest['dtype'] == 'float16' and manifest['num_classes'] == 5
@@ -192,15 +216,9 @@ def test_latents_go_through_the_pipeline_in_threads(folder):
 
 def test_source_travels_to_worker_processes(folder):
   source = latents.LatentSource(folder)
-  source[0]
+  source.batch([0])
   copy = pickle.loads(pickle.dumps(source))
-  np.testing.assert_array_equal(copy[7]['moments'], source[7]['moments'])
-
-
-def test_an_index_beyond_the_end_ends_iteration(folder):
-  for index in (COUNT, -1):
-    with pytest.raises(IndexError):
-      latents.LatentSource(folder)[index]
+  np.testing.assert_array_equal(copy.batch([7])['moments'], source.batch([7])['moments'])
 
 
 def refused(path):
@@ -214,13 +232,13 @@ def refused(path):
 
 def test_a_missing_folder_says_how_to_get_one(tmp_path):
   line = refused(tmp_path / 'none')
-  assert 'is not a folder' in line and 'write_latents' in line and 'manifest.json' in line
+  assert 'is not a folder' in line and 'prepare --from=' in line and 'manifest.json' in line
   assert "section 'Data' of README.md" in line
 
 
 def test_a_missing_manifest_says_how_to_get_one(tmp_path):
   line = refused(tmp_path)
-  assert 'holds no manifest.json' in line and 'write_latents' in line
+  assert 'holds no manifest.json' in line and 'prepare --from=' in line
 
 
 def test_a_missing_shard_is_named(folder):
@@ -237,6 +255,26 @@ def test_a_truncated_shard_is_named(folder):
   assert f'{file.name} has {size - 100} bytes' in line and f'{size} bytes' in line
   with pytest.raises(ValueError, match=file.name):
     latents.verify(folder)
+
+
+def test_a_shard_of_another_run_is_named(tmp_path, folder):
+  write(tmp_path / 'other', some_rows(seed=1))
+  name = 'latents-00001-of-00003.array_record'
+  (folder / name).write_bytes((tmp_path / 'other' / name).read_bytes())
+  assert f'{name} begins with another record' in refused(folder)
+
+
+def test_moments_that_are_no_numbers_are_named(folder, monkeypatch):
+  """They cannot be written; a file that has them comes from elsewhere."""
+  for bad in (np.nan, np.inf, -np.inf):
+    record = np.frombuffer(shards.encode(some_rows()[6], '', latents.read_manifest(folder)), np.uint8)
+    changed = record.copy()
+    changed[:2] = np.float16(bad)[None].view(np.uint8)
+    source = latents.LatentSource(folder)
+    monkeypatch.setattr(source, '_records', {5: record.tobytes(), 6: changed.tobytes()})
+    source.batch([5])
+    with pytest.raises(ValueError, match=r'record 2 of latents-00001-of-00003\S* \(row 6\) .*not fin'):
+      source.batch([5, 6])
 
 
 def test_a_shard_of_the_right_size_but_no_content_is_named(folder):
@@ -256,7 +294,7 @@ def test_a_shard_with_other_rows_is_named(folder):
 
 @pytest.mark.parametrize('changes,word', [
   ({'count': 11}, 'count 11'),
-  ({'version': 3}, 'version 3'),
+  ({'version': 2}, 'version 2, this fmzoo reads version 3'),
   ({'layout': 'CHW'}, 'CHW'),
   ({'dtype': 'bfloat16'}, 'bfloat16'),
   ({'latent_shape': [32, 4]}, r'\[32, 4\]'),
@@ -264,6 +302,8 @@ def test_a_shard_with_other_rows_is_named(folder):
   ({'feature_shape': [3, 6]}, r"encoder='', feature_shape=\[3, 6\]"),
   ({'encoder': 'toy-encoder', 'feature_shape': [18]}, r'\[18\], expected \[N, F\]'),
   ({'encoder': 'toy-encoder', 'feature_shape': 18}, 'int'),
+  ({'image_shape': [6, 6]}, r'image_shape \[6, 6\], expected \[h, w, 3\]'),
+  ({'classes': ['a', 'b']}, '2 names in classes, expected num_classes=5'),
   ({'surprise': 1}, 'surprise'),
   ({'shards': [{}]}, 'count'),
   ({'shards': 3}, 'int'),
@@ -275,14 +315,6 @@ def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
   refused(folder)
 
 
-def test_the_manifest_before_features_is_refused(folder):
-  file = folder / 'manifest.json'
-  values = json.loads(file.read_text()) | {'version': 1}
-  del values['encoder'], values['feature_shape']
-  file.write_text(json.dumps(values))
-  assert 'version 1, this fmzoo reads version 2; write the latents again' in refused(folder)
-
-
 @pytest.mark.parametrize('text', ['', '{"version": ', '[]', '{}', '{"version": 1}'])
 def test_a_torn_manifest_is_refused(folder, text):
   (folder / 'manifest.json').write_text(text)
@@ -291,22 +323,22 @@ def test_a_torn_manifest_is_refused(folder, text):
 
 def test_records_of_another_length_are_refused(folder):
   edit(folder, latent_shape=[4, 4, 4])
-  with pytest.raises(ValueError, match=r'row 2 has 132 bytes.*\(4, 4, 8\)'):
-    latents.LatentSource(folder)[2]
+  with pytest.raises(ValueError, match=r'\(row 2\) has 132 bytes.*\(4, 4, 8\)'):
+    latents.LatentSource(folder).batch([2])
 
 
 def test_records_without_the_features_of_the_manifest_are_refused(folder):
   edit(folder, encoder='toy-encoder', feature_shape=[3, 6])
   for with_feature in (True, False):
-    with pytest.raises(ValueError, match=r'row 2 has 132 bytes.*features \(3, 6\)'):
-      latents.LatentSource(folder, with_feature=with_feature)[2]
+    with pytest.raises(ValueError, match=r'\(row 2\) has 132 bytes.*feature \(3, 6\)'):
+      latents.LatentSource(folder, with_feature=with_feature).batch([2])
 
 
 def test_records_with_features_the_manifest_does_not_know_are_refused(tmp_path):
   write(tmp_path, with_features(some_rows()), **ENCODER)
   edit(tmp_path, encoder='', feature_shape=[])
-  with pytest.raises(ValueError, match=r'row 2 has 168 bytes.*\(4, 4, 4\) float16 and a label'):
-    latents.LatentSource(tmp_path)[2]
+  with pytest.raises(ValueError, match=r'\(row 2\) has 168 bytes.*\(4, 4, 4\) float16, label'):
+    latents.LatentSource(tmp_path).batch([2])
 
 
 def test_flipped_bytes_are_found_by_verify_and_by_reading(folder):
@@ -318,9 +350,9 @@ def test_flipped_bytes_are_found_by_verify_and_by_reading(folder):
   with pytest.raises(ValueError, match=f'{file.name} has checksum'):
     latents.verify(folder)
   source = latents.LatentSource(folder)
-  with pytest.raises(ValueError, match='row 5 is damaged.*verify'):
-    source[5]
-  source[4]
+  with pytest.raises(ValueError, match=rf'record 1 of {file.name} \(row 5\) is damaged'):
+    source.batch([4, 5])
+  source.batch([4, 6])
 
 
 def test_latents_are_never_written_over(folder):
@@ -337,7 +369,7 @@ def test_latents_are_never_written_over(folder):
   ({'moments': np.full((4, 4, 4), np.nan), 'label': 0}, 'row 6'),
   ({'moments': np.full((4, 4, 4), -9.5), 'label': 0}, 'row 6 .*deviation of -9.5.*log-variance'),
   ({'moments': np.zeros((4, 4, 4)), 'label': 0, 'feature': np.zeros((3, 6))},
-   "row 6 has a feature, expected .*encoder=''"),
+   "row 6 has feature, label, moments, expected label, moments, .*encoder=''"),
 ])
 def test_a_bad_row_leaves_nothing_behind(tmp_path, row, words):
   rows = some_rows()
@@ -351,7 +383,7 @@ def test_a_bad_row_leaves_nothing_behind(tmp_path, row, words):
   ({'feature': np.zeros((6, 3))}, r'row 6 has feature \(6, 3\), expected \(3, 6\)'),
   ({'feature': np.full((3, 6), np.inf)}, 'row 6 has feature .*float16'),
   ({'feature': np.full((3, 6), 7e4)}, 'row 6 has feature .*float16.*float32'),
-  ({}, "row 6 has no feature, expected .*encoder='toy-encoder'"),
+  ({}, "row 6 has label, moments, expected feature, .*encoder='toy-encoder'"),
 ])
 def test_a_bad_feature_leaves_nothing_behind(tmp_path, feature, words):
   rows = with_features(some_rows())
@@ -364,7 +396,7 @@ def test_a_bad_feature_leaves_nothing_behind(tmp_path, feature, words):
 def test_means_may_be_negative_and_deviations_zero(tmp_path):
   moments = np.concatenate([np.full((4, 4, 2), -3.0), np.zeros((4, 4, 2))], axis=-1)
   write(tmp_path, [{'moments': moments, 'label': 0}])
-  np.testing.assert_array_equal(latents.LatentSource(tmp_path)[0]['moments'], moments)
+  np.testing.assert_array_equal(latents.LatentSource(tmp_path).batch([0])['moments'][0], moments)
 
 
 def test_a_writer_that_was_stopped_can_start_again(tmp_path):
@@ -403,4 +435,4 @@ def test_the_readme_writes_latents_that_can_be_read(tmp_path, monkeypatch):
     source, latent_shape=(32, 32, 4), num_classes=1000, latent_scale=0.18215,
     feature_shape=(256, 768),
   )
-  assert len(source) == 8 and source[7]['feature'].shape == (256, 768)
+  assert len(source) == 8 and source.batch([7])['feature'].shape == (1, 256, 768)

@@ -21,9 +21,19 @@ class Rows:
   def __len__(self):
     return self.count
 
-  def __getitem__(self, index):
-    self.read.append(index)
-    return {'latent': np.full((2, 2, 1), index, np.float32), 'label': np.int32(index)}
+  def batch(self, indices):
+    self.read.extend(indices)
+    latent = np.broadcast_to(indices[:, None, None, None], (len(indices), 2, 2, 1))
+    return {'latent': latent.astype(np.float32), 'label': indices.astype(np.int32)}
+
+
+class Broken(Rows):
+  """Rows of which one cannot be read."""
+
+  def batch(self, indices):
+    if 3 in indices:
+      raise ValueError('row 3 is broken')
+    return super().batch(indices)
 
 
 def take(number, count=10, batch_size=4, seed=0, **options):
@@ -67,6 +77,24 @@ def test_a_later_start_gives_the_tail(num_threads):
   for start in (1, 2, 7):
     tail = take(12 - start, start_step=start, num_threads=num_threads)
     np.testing.assert_array_equal(tail, whole[start:])
+
+
+@pytest.mark.parametrize('num_workers', [1, 2])
+def test_workers_change_no_batch_and_hand_on_anywhere(num_workers):
+  """What one process began, others go on with; so does one of several hosts."""
+  whole = take(9, batch_size=8)
+  share = {'batch_size': 8, 'process_index': 1, 'process_count': 2}
+  np.testing.assert_array_equal(
+    take(5, start_step=4, num_workers=num_workers, num_threads=1, **share), whole[4:, 4:]
+  )
+
+
+def test_an_error_in_a_worker_is_the_callers():
+  batches = pipeline.batches(Broken(10), batch_size=4, seed=0, num_workers=1)
+  with pytest.raises(ValueError, match='row 3 is broken'):
+    for _ in range(4):
+      next(batches)
+  batches.close()
 
 
 def test_a_late_start_reads_nothing_before_it():
@@ -130,6 +158,7 @@ def test_a_closed_iterator_gives_no_more():
   ({'seed': -1}, 'run.seed=-1'),
   ({'start_step': -3}, 'start_step=-3'),
   ({'num_threads': -1}, 'data.num_threads=-1'),
+  ({'num_workers': -1}, 'data.num_workers=-1'),
 ])
 def test_bad_arguments_are_refused(changes, words):
   arguments = {'source': Rows(10), 'batch_size': 4, 'seed': 0} | changes

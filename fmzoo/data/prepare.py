@@ -1,0 +1,241 @@
+"""The command `prepare`: pictures, or moments stored elsewhere, to latents that recipes read.
+
+Each host writes its share of the shards, and its devices share the rows of a batch. What is written
+depends on the source, the VAE and the recipe alone, so a job that was killed goes on as if it had
+not been.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from fmzoo import inputs, sources, writer
+from fmzoo.convert import vae as official_vae
+from fmzoo.data import images, latents, shards
+from fmzoo.parallel import hosts
+from fmzoo.parallel import mesh as meshes
+
+ENCODED_ROWS = 8  # images a device encodes at a time: at 256 x 256, 0.3 GB for each large array
+AHEAD = 4  # batches of images that are read before they are needed
+LOG_SECONDS = 30  # between lines of progress
+SHOWN = 5  # unreadable images that the last line names
+
+
+def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
+  """Writes the latents of a source to the folder that the recipe reads, `data.path`.
+
+  Moments are those of `data.vae`, also of the mirror images where `data.flip`; images are kept
+  beside them where the method aligns with features. Started again it goes on.
+
+  Args:
+    recipe: build.Recipe with data.name='latents'.
+    source: what data.images.open_source takes.
+    dtype: of the stored moments, 'float16' or 'float32'.
+    shard_rows: images of a shard, which is what a kill loses at most.
+
+  Returns:
+    data.latents.Manifest.
+
+  Raises:
+    ValueError: one line, if the source, the VAE or the folder does not fit the recipe.
+  """
+  data = recipe.data
+  path = sources.data_path(data)
+  if data.name != 'latents':
+    raise ValueError(f"prepare writes latents, found data.name='{data.name}'; use another recipe")
+  shards.expect_unwritten(path)
+  has_image = sources.is_aligned(recipe)
+  rows = images.open_source(source, sources.image_size(data), with_pixels=has_image)
+  _check(recipe, source, rows)
+  encoder = None if rows.has_moments else Encoder(data)
+  manifest = shards.empty_manifest(
+    latent_shape=data.latent_shape, num_classes=data.num_classes, classes=rows.classes,
+    vae=encoder.name if encoder else rows.vae, vae_hash=encoder.hash if encoder else '',
+    scale=data.latent_scale, crop=rows.crop, dtype=dtype, mirrored=data.flip,
+    image_shape=(*[sources.image_size(data)] * 2, 3) if has_image else (),
+  )
+  job = shards.Job(
+    path, manifest, source=rows.fingerprint(), count=len(rows), rows_per_shard=shard_rows
+  )
+  with Count(len(rows), job) as count:
+    for shard in job.left(jax.process_index(), jax.process_count()):
+      unreadable = []
+      readable = _readable(rows, job.rows(shard), data.num_threads, unreadable, count)
+      stored = _rows(readable, encoder, has_image)
+      job.write(shard, stored, unreadable)
+  hosts.barrier('prepare')
+  if hosts.is_main():
+    _report(path, job.finish())
+  hosts.barrier('prepared')
+  return latents.read_manifest(path)
+
+
+def _check(recipe, source, rows):
+  """Refuses a source of other classes than the recipe's, or without what it needs."""
+  data = recipe.data
+  if rows.num_classes and rows.num_classes != data.num_classes:
+    raise ValueError(
+      f'data.num_classes={data.num_classes} does not fit --from={source}, which has'
+      f' {rows.num_classes}; set it to that'
+    )
+  if not rows.has_moments and not data.vae:
+    raise ValueError(
+      f"data.vae='' must name the weights that encode --from={source}, such as"
+      ' diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse'
+    )
+  if rows.has_moments and data.flip:
+    raise ValueError(
+      f'data.flip=True needs moments of mirror images, --from={source} stores none; use False'
+    )
+
+
+class Encoder:
+  """The VAE's encoder on all devices of this host.
+
+  Attributes:
+    name, hash: for the manifest.
+    most: rows of a batch.
+  """
+
+  def __init__(self, data):
+    params = sources.load_vae(data)
+    self.name = official_vae.name_of(data.vae)
+    self.hash = official_vae.encoder_hash(params['encoder'])
+    mesh = meshes.local()
+    self.most = ENCODED_ROWS * mesh.size
+    self.params = jax.device_put({'encoder': params['encoder']}, meshes.replicated(mesh))
+    encode = sources.autoencoder(data).encode
+
+    def run(params, pixels):
+      """uint8 [B, h, w, 3] to moments [B, H, W, 2 C], of the mirror image too where flipped."""
+      x = inputs.from_pixels(pixels)
+      moments = encode(params, x)
+      return jnp.stack([moments, encode(params, x[:, :, ::-1])], axis=1) if data.flip else moments
+
+    self.run = jax.jit(
+      run, in_shardings=(meshes.replicated(mesh), meshes.rows_sharded(mesh)),
+    )
+
+  def __call__(self, pixels):
+    """Starts to encode images [<= most, h, w, 3]; returns what numpy.asarray waits for."""
+    padded = np.resize(pixels, (self.most, *pixels.shape[1:]))  # one shape, one compilation
+    return self.run(self.params, padded)
+
+
+class Count:
+  """Images done, as a bar or as lines in the log."""
+
+  def __init__(self, total, job):
+    self.total, self.done, self.begun = total, job.done(), time.time()
+    self.first, self.told = self.done, self.begun
+    self.bar = writer.Progress(total, self.done, unit='image')
+    if self.done:
+      logging.info('%d of %d images are in finished shards, it goes on', self.done, total)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.bar.close()
+    seconds = time.time() - self.begun
+    if self.done > self.first:
+      rate = (self.done - self.first) / seconds
+      logging.info('%d images in %.0f s, %.1f images/s', self.done - self.first, seconds, rate)
+
+  def add(self):
+    """Counts one more."""
+    self.done += 1
+    self.bar.update(1)
+    if time.time() - self.told > LOG_SECONDS:
+      self.told = time.time()
+      rate = (self.done - self.first) / (self.told - self.begun)
+      share = (self.total - self.done) / jax.process_count()
+      logging.info(
+        '%d of %d images, %.1f images/s, %d s left', self.done, self.total, rate, share / rate
+      )
+
+
+def _readable(rows, indices, num_threads, unreadable, count):
+  """Yields (name, row) of the images that can be read, in order; the names of others are kept."""
+  for index, row in zip(indices, _ahead(rows, indices, num_threads)):
+    if isinstance(row, images.Unreadable):
+      unreadable.append(row.name)
+      logging.warning('left out, it cannot be read: %s (%s)', row.name, row.reason)
+    else:
+      yield rows.name_of(index), row
+    count.add()
+
+
+def _ahead(rows, indices, num_threads):
+  """Yields each row, or why it cannot be read, while threads read those that follow."""
+
+  def read(index):
+    """Returns one of either."""
+    try:
+      return rows[index]
+    except images.Unreadable as error:
+      return error
+
+  if not num_threads:
+    yield from map(read, indices)
+    return
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
+    coming, left = collections.deque(), iter(indices)
+    try:
+      while True:
+        room = AHEAD * ENCODED_ROWS + num_threads - len(coming)
+        coming.extend(threads.submit(read, index) for index in itertools.islice(left, room))
+        if not coming:
+          return
+        yield coming.popleft().result()
+    finally:
+      for future in coming:
+        future.cancel()
+
+
+def _rows(readable, encoder, has_image):
+  """Yields (name, row to store); images are encoded, a batch being read while another is."""
+  if encoder is None:
+    for name, row in readable:
+      yield name, _stored(row, row['moments'], has_image)
+    return
+  before = []
+  while batch := list(itertools.islice(readable, encoder.most)):
+    moments = encoder(np.stack([row['pixels'] for _, row in batch]))
+    yield from _encoded(*before, has_image) if before else ()
+    before = [batch, moments]
+  yield from _encoded(*before, has_image) if before else ()
+
+
+def _encoded(batch, moments, has_image):
+  """Yields (name, row to store) of a batch, once its moments are there."""
+  for (name, row), values in zip(batch, np.asarray(moments)):
+    yield name, _stored(row, values, has_image)
+
+
+def _stored(row, moments, has_image):
+  """Returns a row as shards.encode takes it."""
+  image = {'image': row['pixels']} if has_image else {}
+  return {'moments': moments, 'label': row['label'], **image}
+
+
+def _report(path, manifest):
+  """Says what is there now, and what is not."""
+  size = sum(shard['bytes'] for shard in manifest.shards)
+  logging.info(
+    '%d images of %d classes in %d shards, %.2f GB: %s', manifest.count, manifest.num_classes,
+    len(manifest.shards), size / 1e9, pathlib.Path(path) / 'manifest.json',
+  )
+  if left_out := manifest.unreadable:
+    more = f' and {len(left_out) - SHOWN} more' if len(left_out) > SHOWN else ''
+    logging.warning(
+      '%d images could not be read and were left out: %s%s; all of them are named in manifest.json',
+      len(left_out), ', '.join(left_out[:SHOWN]), more,
+    )
