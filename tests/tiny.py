@@ -26,7 +26,8 @@ CIFAR_UNET = unet.Config(
   augment_dim=6, dtype='float32', precision='highest', remat=False,
 )
 VAE = vae.Config(  # doubles the side of latents
-  widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, precision='highest'
+  widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, dtype='float32',
+  precision='highest',
 )
 
 DINOV2 = dinov2.Config(
