@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_cifar10, soflow_digits
 from fmzoo import build
-from fmzoo.models import blockwise, unet, vae
+from fmzoo.models import blockwise, dinov2, unet, vae
 
 RECIPES = {
   'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
@@ -26,7 +26,13 @@ CIFAR_UNET = unet.Config(
   augment_dim=6, dtype='float32', precision='highest', remat=False,
 )
 VAE = vae.Config(  # doubles the side of latents
-  widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, precision='highest'
+  widths=(8, 16), layers_per_block=1, groups=4, latent_channels=4, dtype='float32',
+  precision='highest',
+)
+
+DINOV2 = dinov2.Config(
+  patch=dinov2.PATCH, width=32, depth=2, heads=2, mlp_ratio=dinov2.MLP_RATIO, grid=(3, 3),
+  dtype='float32', precision='highest',
 )
 
 
@@ -125,7 +131,17 @@ def warm(params, seed=1):
 
 
 def random_vae(seed=0):
-  """Returns parameters of an autoencoder of config `VAE`, each leaf random, as numpy arrays."""
+  """Returns parameters of an autoencoder of config `VAE`, see `random_like`."""
+  return random_like(vae.make(VAE).init, seed)
+
+
+def random_dinov2(seed=0):
+  """Returns parameters of a DINOv2 of config `DINOV2`, see `random_like`."""
+  return random_like(dinov2.make(DINOV2).init, seed)
+
+
+def random_like(init, seed):
+  """Returns parameters as `init` makes them, each leaf random, as numpy arrays."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(vae.make(VAE).init, jax.random.key(0))
+  shapes = jax.eval_shape(init, jax.random.key(0))
   return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype('float32'), shapes)

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
   official: str  # its key
   path: tuple  # of the leaf in our tree
-  index: tuple  # of the slice, for leaves stacked over blocks or segments; () is the whole leaf
+  index: tuple  # of the part, for leaves stacked over blocks or segments; () is the whole leaf
   ours: Callable  # official array -> ours
   theirs: Callable  # ours -> official array
 
@@ -135,7 +135,7 @@ def _check(entries, tensors, abstract):
 def _official_spec(entry, abstract):
   """Returns shape and dtype of an official tensor, from a stand-in that takes no memory."""
   leaf = _leaf(abstract, entry.path)
-  part = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(entry.index) :])
+  part = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)[entry.index]
   return _spec(entry.theirs(part).shape, leaf.dtype)
 
 

@@ -1,12 +1,14 @@
 """What the autoencoder takes and gives; its numbers are in test_vae_golden.py."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fmzoo.models import vae
-from tests import tiny
+from tests import programs, tiny
 
 NET = vae.make(tiny.VAE)
 
@@ -39,10 +41,15 @@ def test_stored_spread_is_a_standard_deviation():
   np.testing.assert_array_equal(log_variance[0, 0], [[2, 20], [-30, 0]])
 
 
-def test_products_are_of_the_precision_asked_for(params):
-  latents = jax.ShapeDtypeStruct((1, 4, 4, 4), 'float32')
-  text = str(jax.make_jaxpr(NET.decode)(params, latents))
-  assert 'Precision.HIGHEST' in text and 'Precision.DEFAULT' not in text
+@pytest.mark.parametrize('dtype,precision', [('float32', 'highest'), ('bfloat16', 'default')])
+@pytest.mark.parametrize('direction,shape', [('encode', (1, 8, 8, 3)), ('decode', (1, 4, 4, 4))])
+def test_products_are_of_the_numerics_asked_for(params, direction, shape, dtype, precision):
+  """One for every kernel, and two of the attention; what comes out is float32."""
+  net = vae.make(dataclasses.replace(tiny.VAE, dtype=dtype, precision=precision))
+  function, x = getattr(net, direction), jax.ShapeDtypeStruct(shape, 'float32')
+  count = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(params[f'{direction}r'])) + 2
+  assert programs.products(function, params, x) == [(dtype, precision.upper())] * count
+  assert jax.eval_shape(function, params, x).dtype == jnp.float32
 
 
 @pytest.mark.parametrize('function,shape,message', [

@@ -1,5 +1,6 @@
 """The VAE against numbers recorded from the official code (tests/golden/encoders/README.md)."""
 
+import dataclasses
 import json
 import os
 import zlib
@@ -11,10 +12,11 @@ import pytest
 from fmzoo.convert import vae as convert
 from fmzoo.models import vae
 from tests import golden_files as files
-from tests import golden_weights
+from tests import golden_weights, programs
 
 NETWORK, ZERO = 3e-5, 1e-3  # limits of the README there, in units of the reference's rms
 EXACT = 1e-6  # of what is no network: rounding of float32 alone
+LARGEST = 5  # times the rms, of errors that are about normally distributed
 INPUTS = {'image_u8'}
 PARTS = {  # of the official network
   'encoder.': 34_163_592, 'decoder.': 49_490_179, 'quant_conv.': 72, 'post_quant_conv.': 20,
@@ -44,7 +46,7 @@ class Golden:
     self.config = vae.Config(
       widths=tuple(settings['block_out_channels']), layers_per_block=settings['layers_per_block'],
       groups=settings['norm_num_groups'], latent_channels=settings['latent_channels'],
-      precision='highest',
+      dtype='float32', precision='highest',
     )
     self.shapes = golden_weights.table(folder / settings['keys'])
     tensors = golden_weights.tensors(folder / settings['keys'], config['salt'])
@@ -140,6 +142,29 @@ def test_stages(golden):
       close(golden, name, np.concatenate([summary, value.ravel()[:first]]))
     else:
       close(golden, name, value[:1, ::2, ::2])
+
+
+@pytest.mark.parametrize('direction', ['encode', 'decode'])
+def test_bfloat16_products(golden, direction):
+  """Means of latents and images against float32, which differ by what roundings add up to.
+
+  Each of n products rounds two operands and its result by up to 2^-9 of their size, at most 2^-9 /
+  sqrt(3) rms; independent errors add up like a random walk, sqrt(3 n) of them. Twice that is left
+  for norms that make errors larger, LARGEST times it for the largest of 10^4 errors.
+  """
+  x = golden.arrays[{'encode': 'x', 'decode': 'z'}[direction]]
+  config = dataclasses.replace(golden.config, dtype='bfloat16', precision='default')
+  rounded = getattr(vae.make(config), direction)
+  channels = slice(golden.config.latent_channels)  # the mean; images have no more
+  want, have = (
+    np.asarray(function(golden.params, x))[..., channels]
+    for function in (getattr(golden.net, direction), jax.jit(rounded))
+  )
+  assert have.dtype == np.float32
+  error, scale = have - want, np.sqrt(np.mean(want**2))
+  rms, most = np.sqrt(np.mean(error**2)) / scale, np.abs(error).max() / scale
+  bound = 2 * np.sqrt(len(programs.products(rounded, golden.params, x))) * 2**-9
+  assert bound / 10 < rms < bound and most < LARGEST * bound
 
 
 def test_log_variances_are_bounded(golden):
