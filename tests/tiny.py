@@ -133,7 +133,7 @@ def write_pictures(folder, classes, per_class, size, seed=0):
     seed: of the places.
 
   Returns:
-    pixels [classes * per_class, size, size, 3] uint8, in the order of the files' names.
+    pixels [classes * per_class, size, size, 3] uint8, classes as given, then by name.
   """
   names = [f'class{i:03d}' for i in range(classes)] if isinstance(classes, int) else list(classes)
   photographs = sklearn.datasets.load_sample_images().images

@@ -21,6 +21,7 @@ import re
 
 import numpy as np
 from absl import logging
+from array_record.python import array_record_module
 
 from fmzoo.data import official, picture_files
 
@@ -194,6 +195,7 @@ class TfdsImages:
     self.crop = f'ADM centre crop to {size}'
     self._builder = _builder(name)
     self._rows = _rows(self._builder, name, split)
+    _check_shards(self._builder, name, split)
     label = self._builder.info.features['label']
     self.classes, self.num_classes = tuple(label.names), label.num_classes
 
@@ -290,6 +292,25 @@ def _rows(builder, name, split):
       f" installed: python -c \"import tensorflow_datasets as tfds; tfds.builder('{builder.name}',"
       " file_format='array_record').download_and_prepare()\""
     ) from error
+
+
+def _check_shards(builder, name, split):
+  """Opens each file of a split, which TFDS does only when a row of it is read."""
+  is_array_record = builder.info.file_format and builder.info.file_format.value == 'array_record'
+  if not is_array_record or not builder.info.splits:
+    return
+  for part in builder.info.splits[split].file_instructions:
+    try:
+      reader = array_record_module.ArrayRecordReader(str(part.filename))
+      found = f'{reader.num_records()} rows'
+      reader.close()
+    except RuntimeError:
+      found = 'no readable end'
+    if found != f'{part.examples_in_shard} rows':
+      raise ValueError(
+        f'--from=tfds:{name}: {os.path.basename(part.filename)} has {found}, dataset_info.json says'
+        f' {part.examples_in_shard} rows; copy or prepare it again'
+      )
 
 
 def _line(error):
