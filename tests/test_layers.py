@@ -23,8 +23,8 @@ ALLOWED = {
     'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.ode',
     'fmzoo.methods.soflow_times'}),
   'fmzoo.data': (
-    {'numpy', 'grain', 'array_record', 'sklearn', 'absl', 'tensorflow_datasets', 'google'},
-    {'fmzoo.data'}),
+    {'numpy', 'grain', 'array_record', 'sklearn', 'absl', 'tensorflow_datasets', 'google', 'PIL',
+     'h5py'}, {'fmzoo.data'}),
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
     'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),

@@ -4,8 +4,12 @@ The U-Net has 16 channels and one resolution: five blocks take as long to compil
 else here together.
 """
 
+import pathlib
+
 import jax
 import numpy as np
+import sklearn.datasets
+from PIL import Image
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_cifar10, soflow_digits
 from fmzoo import build
@@ -120,6 +124,34 @@ def write_cifar10(folder, rows):
   records = np.concatenate([written['label'][:, None].astype(np.uint8), planes], axis=1)
   for number, part in enumerate(np.split(records, 5), start=1):
     (folder / f'data_batch_{number}.bin').write_bytes(part.tobytes())
+
+
+def write_pictures(folder, classes, per_class, size, seed=0):
+  """Cuts scikit-learn's two photographs into PNG files, a folder for each class.
+
+  Even classes are cut from the first photograph and odd ones from the second, at random places.
+
+  Args:
+    folder: is made.
+    classes: how many, or their names.
+    per_class: pictures of each.
+    size: side, pixels; 427 at most.
+    seed: of the places.
+
+  Returns:
+    pixels [classes * per_class, size, size, 3] uint8, classes as given, then by name.
+  """
+  names = [f'class{i:03d}' for i in range(classes)] if isinstance(classes, int) else list(classes)
+  photographs = sklearn.datasets.load_sample_images().images
+  rng, written = np.random.default_rng(seed), []
+  for label, name in enumerate(names):
+    photograph = photographs[label % len(photographs)]
+    (pathlib.Path(folder) / name).mkdir(parents=True)
+    for index in range(per_class):
+      top, left = (rng.integers(0, side - size + 1) for side in photograph.shape[:2])
+      written.append(photograph[top : top + size, left : left + size])
+      Image.fromarray(written[-1]).save(pathlib.Path(folder) / name / f'{index:05d}.png')
+  return np.stack(written)
 
 
 def warm(params, seed=1):

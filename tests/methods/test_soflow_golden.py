@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from fmzoo import inputs, optimizer, pictures, step
 from fmzoo.convert import soflow as convert
+from fmzoo.data import images
 from fmzoo.methods import flow, soflow, soflow_rows, soflow_sampler, soflow_times
 from fmzoo.models import dit, layers
 from tests import golden_files as files
@@ -21,7 +23,6 @@ from tests import tiny
 from tests.test_optimizer import averages
 
 NETWORK, LOSS, CONSISTENCY, MIN_GAP = 2e-5, 5e-5, 3e-4, 3e-3  # limits of the README there
-LATER = ('crop.',)  # no code for it here yet
 ELSEWHERE = ('unet.', 'uvel.', 'ucon.', 'temb.unet', 'ckpt.', 'aug.')  # test_soflow_*_golden.py
 PATHS = {'Linear': 'linear', 'Trig': 'trig'}
 SOLUTIONS = {'Euler': 'euler', 'Trig': 'trig'}
@@ -297,6 +298,15 @@ def test_pixels(golden):
   np.testing.assert_array_equal(pixels[0, 0, :, 0], golden.arrays['pixel.u8'])
 
 
+def test_crops(golden):
+  """Pictures to the middle that is encoded, exactly; the reference writes none."""
+  a, sizes = golden.arrays, golden.config.get('crop_sizes', ())
+  assert len(a.names('crop.')) == 2 * len(sizes)
+  for i, size in enumerate(sizes):
+    cropped = images.adm_crop(Image.fromarray(a[f'crop.{i}.img']), size)
+    np.testing.assert_array_equal(cropped, a[f'crop.{i}.out'], err_msg=f'crop.{i}')
+
+
 def test_latents_of_stored_moments(golden):
   moments, noise = golden.image('latent.moments'), golden.image('latent.eps')
   latent = inputs.sample_moments(moments, noise, 0.18215)
@@ -350,6 +360,6 @@ def test_every_array_is_an_input_or_was_checked(golden):
   inputs = set(golden.config['input_keys'])
   left = [
     n for n in golden.arrays.unused()
-    if n not in inputs and not n.startswith((*LATER, *ELSEWHERE))
+    if n not in inputs and not n.startswith(ELSEWHERE)
   ]
   assert not left
