@@ -104,7 +104,7 @@ def digits(workdir, source, num_classes, seed):
 
 
 def dinov2(path, *, grid, width, dtype):
-  """Returns (encode, params) of DINOv2, as REPA and BFM feed it: images resized to 14 pixels a token.
+  """Returns (encode, params) of DINOv2 as REPA and BFM feed it: images of 14 pixels a token.
 
   Args:
     path: official weights, .safetensors or .pth, of ViT-S/B/L.

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import augment, build, cost, encoders, inputs, step
+from fmzoo import augment, build, cost, encoders, inputs, sources, step
 from fmzoo.data import digits, latents, pipeline, shards
 from fmzoo.methods import base
 from tests import tiny
@@ -25,7 +25,7 @@ def test_moments_become_scaled_latents():
 
 
 def test_inputs_replace_moments_and_add_features():
-  prepare = inputs.make(1.0, lambda frozen, latent: latent * frozen)
+  prepare = inputs.make(1.0, lambda frozen, batch: batch['latent'] * frozen)
   batch = {'moments': np.ones((3, 2, 2, 2), np.float32) * [5, 0], 'label': np.arange(3)}
   out = prepare(2.0, batch, jax.random.split(jax.random.key(0), 3))
   assert set(out) == {'latent', 'label', 'feature'}
@@ -54,16 +54,49 @@ def test_pixels_are_augmented_with_the_probability_and_their_own_keys():
   batch, keys = some_pixels(64), jax.random.split(jax.random.key(1), 64)
   recipe = tiny.recipe('fm')
   recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.25))
-  prepare, frozen = build.inputs(recipe, None, None)
+  prepare, frozen = sources.inputs(recipe, None, None)
   out = jax.jit(prepare)(frozen, batch, keys)
   assert set(out) == {'latent', 'label', 'augment'}
+  own_keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)[:, 2]
   expected, labels = jax.jit(
-    lambda pixels: augment.augment(inputs.from_pixels(pixels), augment.draw(keys), 0.25)
+    lambda pixels: augment.augment(inputs.from_pixels(pixels), augment.draw(own_keys), 0.25)
   )(batch['pixels'])
   np.testing.assert_allclose(out['latent'], expected, rtol=0, atol=1e-5)
   np.testing.assert_allclose(out['augment'], labels, rtol=0, atol=1e-6)
   assert 0.3 < np.mean(out['augment'][:, 0]) < 0.7  # flips
   assert 0.1 < np.mean(out['augment'][:, 1] != 0) < 0.4  # scales
+
+
+def test_a_row_is_mirrored_as_a_whole_half_of_the_time():
+  """Its moments, and the image that the encoder sees; the other half stays as it is."""
+  rng, count = np.random.default_rng(0), 200
+  moments = rng.standard_normal((count, 2, 4, 4, 2)).astype(np.float16)
+  moments[..., 1] = 0  # no spread, so that latents are the means
+  image = rng.integers(0, 256, (count, 6, 6, 3), np.uint8)
+  batch = {'moments': moments, 'image': image, 'label': np.arange(count)}
+  keys = jax.random.split(jax.random.key(3), count)
+  prepare = inputs.make(2.0, lambda frozen, batch: batch['image'], flip=True)
+  out = jax.jit(prepare)((), batch, keys)
+  assert set(out) == {'latent', 'label', 'feature'}
+  chosen = (out['latent'] == 2 * moments[:, 1, ..., :1].astype(np.float32)).all((1, 2, 3))
+  assert 0.4 < chosen.mean() < 0.6
+  sides = np.where(chosen, 1, 0)
+  np.testing.assert_array_equal(
+    out['latent'], 2 * moments[np.arange(count), sides, ..., :1].astype(np.float32)
+  )
+  np.testing.assert_array_equal(
+    out['feature'], np.where(chosen[:, None, None, None], image[:, :, ::-1], image)
+  )
+
+
+def test_pixels_are_mirrored_half_of_the_time():
+  batch, keys = some_pixels(64), jax.random.split(jax.random.key(1), 64)
+  plain = inputs.make(1.0)((), batch, keys)['latent']
+  out = inputs.make(1.0, flip=True)((), batch, keys)['latent']
+  chosen = (abs(out - plain) > 1e-3).any((1, 2, 3))
+  assert 0.3 < chosen.mean() < 0.7
+  expected = np.where(chosen[:, None, None, None], plain[:, :, ::-1], plain)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('changes,message', [
@@ -108,9 +141,11 @@ def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):
 
 
 def test_no_gradient_flows_into_the_encoder():
+  keys = jax.random.split(jax.random.key(0), 1)
+
   def loss(frozen):
-    prepare = inputs.make(1.0, lambda frozen, latent: latent * frozen)
-    return prepare(frozen, {'latent': jnp.ones((1, 2, 2, 1))}, None)['feature'].sum()
+    prepare = inputs.make(1.0, lambda frozen, batch: batch['latent'] * frozen)
+    return prepare(frozen, {'latent': jnp.ones((1, 2, 2, 1))}, keys)['feature'].sum()
 
   assert float(jax.grad(loss)(2.0)) == 0.0
 
@@ -122,7 +157,8 @@ def test_digits_encoder_learns_and_is_kept(tmp_path):
   features, logits = encoders.digits_encoder.apply(params, images)
   assert (np.argmax(logits, axis=-1) == labels).mean() > 0.99
   assert features.shape == (1797, 16, 64)
-  np.testing.assert_allclose(encode(params, images[:2]), features[:2], rtol=1e-5, atol=1e-5)
+  batch = {'latent': images[:2]}
+  np.testing.assert_allclose(encode(params, batch), features[:2], rtol=1e-5, atol=1e-5)
   _, again = encoders.digits(tmp_path, None, 10, 5)  # nothing is trained a second time
   jax.tree.map(np.testing.assert_array_equal, params, again)
   (tmp_path / 'encoder.npz').write_bytes(b'PK damaged')

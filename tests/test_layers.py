@@ -25,6 +25,9 @@ ALLOWED = {
   'fmzoo.data': (
     {'numpy', 'grain', 'array_record', 'sklearn', 'absl', 'tensorflow_datasets', 'google', 'PIL',
      'h5py'}, {'fmzoo.data'}),
+  'fmzoo.data.prepare': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.data', 'fmzoo.inputs', 'fmzoo.sources', 'fmzoo.writer', 'fmzoo.convert.vae',
+    'fmzoo.parallel'}),
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
     'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),
@@ -38,26 +41,29 @@ ALLOWED = {
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),
   'fmzoo.augment': ({'jax', 'numpy'}, {'fmzoo.shapes'}),
   'fmzoo.precision': ({'jax', 'numpy'}, {
-    'fmzoo.build', 'fmzoo.cost', 'fmzoo.methods', 'fmzoo.parallel', 'fmzoo.sample', 'fmzoo.step'}),
+    'fmzoo.build', 'fmzoo.cost', 'fmzoo.methods', 'fmzoo.parallel', 'fmzoo.sample',
+    'fmzoo.sources', 'fmzoo.step'}),
   'fmzoo.step': ({'jax', 'optax'}, set()),
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
-  'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {'fmzoo.models.digits_encoder'}),
-  'fmzoo.build': ({'jax'}, {
-    'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.data', 'fmzoo.methods', 'fmzoo.models',
-    'fmzoo.optimizer', 'fmzoo.parallel'}),
+  'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
+    'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
+  'fmzoo.build': ({'jax'}, {'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel'}),
+  'fmzoo.sources': (set(), {
+    'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.convert.vae', 'fmzoo.cost', 'fmzoo.models.vae', 'fmzoo.pictures',
-    'fmzoo.writer', 'fmzoo.parallel'}),
+    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer',
+    'fmzoo.parallel'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.step', 'fmzoo.writer'}),
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
-    'fmzoo.evaluate', 'fmzoo.convert_weights', 'fmzoo.bench', 'fmzoo.precision'}),
+    'fmzoo.evaluate', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',
+    'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

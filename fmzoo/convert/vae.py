@@ -176,7 +176,7 @@ def load(path):
 
 
 def name_of(path):
-  """Returns the name of a file of weights for manifests: the official one, if it is known by hash."""
+  """Returns the name of a file of weights for manifests: the official one if its hash is known."""
   with open(path, 'rb') as content:
     found = hashlib.file_digest(content, 'sha256').hexdigest()
   return PUBLISHED.get(found, pathlib.Path(path).name)
