@@ -77,14 +77,15 @@ def test_constant_pixels_stay_constant():
 
 
 def test_pixels_are_resized_along_their_own_axis():
-  """Brightness that rises to the right does so in the result, and no row differs from another."""
-  ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (1, 64, 64, 3))
-  got = np.asarray(dinov2.preprocess(ramp, 56))
-  np.testing.assert_allclose(got[0], np.broadcast_to(got[0, :1], got[0].shape), atol=1e-5)
-  want = ((np.arange(56) + 0.5) * 64 / 56 - 0.5) / 255  # a cubic kernel keeps straight lines...
-  inner = slice(3, -3)  # ... away from the border
+  """Brightness that rises to the right or downwards does so in the result, image by image."""
+  ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
+  right, down = np.asarray(dinov2.preprocess(np.stack([ramp, ramp.transpose(1, 0, 2)]), 56))
+  np.testing.assert_allclose(right, np.broadcast_to(right[:1], right.shape), atol=1e-5)
+  np.testing.assert_allclose(down, right.transpose(1, 0, 2), atol=1e-5)
+  want = ((np.arange(56) + 0.5) * 64 / 56 - 0.5) / 255
+  inner = slice(3, -3)  # away from the border the kernel keeps straight lines, nearly
   np.testing.assert_allclose(
-    got[0, 0, inner, 0], (want[inner] - dinov2.MEAN[0]) / dinov2.STD[0], atol=1e-2
+    right[0, inner, 0], (want[inner] - dinov2.MEAN[0]) / dinov2.STD[0], atol=1e-2
   )
 
 

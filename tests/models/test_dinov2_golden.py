@@ -12,8 +12,8 @@ import pytest
 
 from fmzoo.convert import dinov2 as convert
 from fmzoo.models import dinov2
+from tests import dinov2_reference, golden_weights
 from tests import golden_files as files
-from tests import golden_weights
 
 NETWORK, REPA, POSITIONS = 2e-5, 2e-4, 5e-5  # limits of the README there, in units of the rms
 EXACT = 1e-6  # of what is no network: rounding of float32 alone
@@ -27,7 +27,7 @@ NUMBERS = 86_580_480  # of ViT-B/14
 
 
 def pytest_generate_tests(metafunc):
-  """Runs the tests on every DINOv2 that config.json of the folder names."""
+  """Runs the tests on every DINOv2 of the folder's config.json, and on the reference's."""
   if 'golden' in metafunc.fixturenames:
     root = metafunc.config.getoption('--golden-root')
     path = os.path.join(root, 'encoders', 'config.json')
@@ -36,6 +36,7 @@ def pytest_generate_tests(metafunc):
       with open(path) as content:
         known = [name for name in json.load(content) if name.startswith('dinov2_')]
     names = known or ['dinov2_small.npz']  # a folder without any makes the tests fail
+    names.append(dinov2_reference.NAME)
     metafunc.parametrize('golden', names, indirect=True, scope='module')
 
 
@@ -107,8 +108,17 @@ class Golden:
 
 
 @pytest.fixture(scope='module')
-def golden(golden_root, request):
-  return Golden(golden_root / 'encoders', request.param)
+def written(tmp_path_factory):
+  """A folder of another configuration, written by the float64 reference."""
+  folder = tmp_path_factory.mktemp('written') / 'encoders'
+  dinov2_reference.write_folder(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def golden(golden_root, written, request):
+  is_written = request.param == dinov2_reference.NAME
+  return Golden(written if is_written else golden_root / 'encoders', request.param)
 
 
 def close(golden, name, actual, limit):
@@ -243,9 +253,11 @@ def test_golden_parameters_of_the_official_network():
   assert counts == {'hf': 223, 'hub': 175}
 
 
-def test_resampled_positions(golden_root):
+@pytest.mark.parametrize('source', ['golden_root', 'written'])
+def test_resampled_positions(golden_root, written, source):
   """All methods and grids that are recorded."""
-  arrays = files.Arrays(golden_root / 'encoders' / TABLES)
+  folder = written if source == 'written' else golden_root / 'encoders'
+  arrays = files.Arrays(folder / TABLES)
   table = arrays['pos_embed']
   for name in arrays.names():
     if name != 'pos_embed':
@@ -254,6 +266,19 @@ def test_resampled_positions(golden_root):
       assert found.dtype == np.float32
       files.close_by_rms(found, arrays[name], POSITIONS, name)
   assert len(arrays.names()) > 1 and not arrays.unused()
+
+
+@pytest.mark.parametrize('layout', ['hf', 'hub'])
+def test_reference_gives_the_recorded_tokens(golden, layout):
+  """The float64 reference, where all tokens are recorded."""
+  name = f'{layout}_timm'
+  if name not in golden.arrays:
+    pytest.skip('some of the tokens are recorded, of a network too large for the reference')
+  tensors = golden_weights.tensors(golden.folder / golden.settings[f'keys_{layout}'], golden.salt)
+  if layout == 'hf':
+    tensors = dinov2_reference.as_hub(tensors, golden.config.depth)
+  found, _ = dinov2_reference.run(tensors, pixels(golden), golden.settings, 'timm')
+  close(golden, name, found, NETWORK / 10)
 
 
 def test_every_array_is_an_input_or_was_checked(golden):
