@@ -128,7 +128,8 @@ def dinov2(path, *, grid, width, dtype):
       f'data.encoder={path} gives features of width {config.width}, not model.feature_dim={width};'
       f' set it to {config.width} or use weights of that width'
     )
-  net = dinov2_model.make(dataclasses.replace(config, dtype=dtype))
+  precision = 'highest' if dtype == 'float32' else 'default'
+  net = dinov2_model.make(dataclasses.replace(config, dtype=dtype, precision=precision))
 
   def encode(params, batch):
     """Returns the patch features of images."""

@@ -119,7 +119,8 @@ def load_vae(data):
 
 def autoencoder(data):
   """Returns the pure functions of Stable Diffusion's VAE in `data.vae_dtype`."""
-  return vae.make(dataclasses.replace(vae.SD_VAE, dtype=data.vae_dtype))
+  precision = 'highest' if data.vae_dtype == 'float32' else 'default'
+  return vae.make(dataclasses.replace(vae.SD_VAE, dtype=data.vae_dtype, precision=precision))
 
 
 def inputs(recipe, rows, workdir):
