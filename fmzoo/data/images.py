@@ -191,7 +191,7 @@ class TfdsImages:
   has_pixels, has_moments = True, False
 
   def __init__(self, name, split, size):
-    self._spec, self._split, self._size = f'tfds:{name}:{split}', split, size
+    self._split, self._size = split, size
     self.crop = f'ADM centre crop to {size}'
     self._builder = _builder(name)
     self._rows = _rows(self._builder, name, split)
@@ -224,7 +224,7 @@ class TfdsImages:
   def fingerprint(self):
     """Returns hex SHA-256 over the data set's name and version, and each part of a file read."""
     info = self._builder.info
-    digest = hashlib.sha256(f'{self._spec.partition(":")[0]} {info.full_name}\n'.encode())
+    digest = hashlib.sha256(f'TFDS {info.full_name}\n'.encode())
     for part in info.splits[self._split].file_instructions:
       size = picture_files.file_size(part.filename)
       line = f'{os.path.basename(part.filename)} {part.skip} {part.take} {size}\n'
