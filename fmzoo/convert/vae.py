@@ -182,16 +182,15 @@ def name_of(path):
   return PUBLISHED.get(found, pathlib.Path(path).name)
 
 
-def encoder_hash(params, config=vae.SD_VAE):
+def encoder_hash(params):
   """Returns the SHA-256 of an encoder's weights: equal for files that make the same latents.
 
   Fine-tuned decoders keep it, and so do other names of the tensors.
 
   Args:
-    params: the tree's part 'encoder', float32.
-    config: models.vae.Config.
+    params: the part 'encoder' of the tree of models.vae.SD_VAE, float32.
   """
-  known = [entry for entry in entries(config) if entry.path[0] == 'encoder']
+  known = [entry for entry in entries(vae.SD_VAE) if entry.path[0] == 'encoder']
   tensors, digest = names.to_official(known, {'encoder': params}), hashlib.sha256()
   for key in sorted(tensors):
     digest.update(f'{key} {tensors[key].shape}'.encode())

@@ -230,8 +230,8 @@ def _report(path, manifest):
   """Says what is there now, and what is not."""
   size = sum(shard['bytes'] for shard in manifest.shards)
   logging.info(
-    '%d images of %d classes in %d shards, %.2f GB: %s', manifest.count, manifest.num_classes,
-    len(manifest.shards), size / 1e9, pathlib.Path(path) / 'manifest.json',
+    '%d images of %d classes in %d shards, %.1f MB: %s', manifest.count, manifest.num_classes,
+    len(manifest.shards), size / 1e6, pathlib.Path(path) / 'manifest.json',
   )
   if left_out := manifest.unreadable:
     more = f' and {len(left_out) - SHOWN} more' if len(left_out) > SHOWN else ''
