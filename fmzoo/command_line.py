@@ -16,13 +16,15 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'evaluate': ('step', 'samples'),
   'prepare': ('from', 'dtype', 'shard_rows'),
   'convert': ('step', 'weights', 'export'),
-  'bench': ('against', 'runs', 'precision'),
+  'bench': ('against', 'runs', 'precision', 'loader'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('step', 'samples'): 'measure a checkpoint or a file',
   ('weights', 'export'): 'read a file of official weights or write one',
   ('step', 'weights'): 'a checkpoint is chosen for --export',
   ('against', 'precision'): 'compare samplers or policies of rounding',
+  ('against', 'loader'): 'compare samplers or read data',
+  ('precision', 'loader'): 'look at rounding or at reading',
 }
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
@@ -54,6 +56,7 @@ flags
   --runs     timed runs of each, in turn; default 20 (bench)
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
              parameters of --workdir if it has a checkpoint, else random ones (bench)
+  --loader   in place of that: how fast the recipe's data are read, in rows per second (bench)
 
 Keys and their meaning: configs/base.py. Data: data/ here, or FMZOO_DATA_DIR.
 """
@@ -94,7 +97,8 @@ def parse(argv):
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
   flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)
   flags.DEFINE_integer('shard_rows', 2048, 'see USAGE', flag_values=values, lower_bound=1)
-  flags.DEFINE_boolean('precision', False, 'see USAGE', flag_values=values)
+  for name in ('precision', 'loader'):
+    flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   for name, chosen in recipes.items():
     expect_known_keys(name, chosen, argv)

@@ -60,11 +60,15 @@ def _convert(recipe, workdir, values):
 
 
 def _bench(recipe, workdir, values):
-  """See bench.bench and precision.report."""
+  """See bench.bench, bench_loader.bench and precision.report."""
   from fmzoo import bench, build, precision
 
   if values.precision:
     return precision.report(recipe, workdir, runs=values.runs)
+  if values.loader:
+    from fmzoo import bench_loader  # with grain, which an accelerator may lack
+
+    return bench_loader.bench(recipe)
   others = [build.recipe(values.against)] if 'against' in values else []
   bench.bench([recipe, *others], runs=values.runs)
 

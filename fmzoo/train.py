@@ -58,7 +58,9 @@ def train(recipe, workdir):
     hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
-      state, metrics = train_step(state, next(device_batches), frozen)
+      with hooks.waiting():
+        batch = next(device_batches)
+      state, metrics = train_step(state, batch, frozen)
       stopping = preemption.reached(done)
       hooks(done, state, metrics, last=stopping or done == settings.steps)
       if stopping:
@@ -134,7 +136,7 @@ class Hooks:
   def __init__(self, recipe, workdir, sampler, checkpoints, start):
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
     self.sampler = sampler
-    self.pending, self.started, self.since = [], time.time(), start
+    self.pending, self.started, self.since, self.waited = [], time.time(), start, 0.0
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
     self.progress = writer.Progress(recipe.run.steps, start)
 
@@ -157,6 +159,13 @@ class Hooks:
       self.preview(done, state)
     if self.recipe.eval.name != 'none' and self.due(done, self.recipe.eval.every_steps):
       self.evaluate(done, state)
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Counts the time of its body as time that the run waited for data."""
+    begun = time.perf_counter()
+    yield
+    self.waited += time.perf_counter() - begun
 
   def due(self, done, every_steps):
     """Says whether pictures or numbers of step `done` are wanted: at the end they always are."""
@@ -186,7 +195,8 @@ class Hooks:
     values['bad_steps'] = sum(bool(m['bad_steps']) for m in fetched)
     seconds = time.time() - self.started
     values['steps_per_second'] = (done - self.since) / seconds
-    self.pending, self.started, self.since = [], time.time(), done
+    values['data_wait'] = self.waited / seconds  # share of the time; previews and the like count
+    self.pending, self.started, self.since, self.waited = [], time.time(), done, 0.0
     self.writer.scalars(done, values)
     left = (self.recipe.run.steps - done) / values['steps_per_second']
     self.progress.describe(loss=values['loss'])

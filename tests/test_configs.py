@@ -100,3 +100,13 @@ def test_recipes_share_the_keys_of_base():
     for section in set(shared) - {'model', 'method', 'sample'}:
       assert set(config[section]) == set(shared[section]), f'{name}: {section}'
     assert set(shared.sample) <= set(config.sample)
+
+
+def test_pictures_have_as_many_classes_as_one_says():
+  """Without classes there is nothing to guide to."""
+  configs = [config_of(name) for name in ('pictures', 'pictures:1', 'pictures:7')]
+  assert [config.data.num_classes for config in configs] == [1, 1, 7]
+  assert [config.method.guidance for config in configs] == [1.0, 1.0, 3.0]
+  for wrong in ('0', 'cats', '-1'):
+    with pytest.raises(ValueError, match=f"'{wrong}' must be the number of class folders"):
+      config_of(f'pictures:{wrong}')

@@ -38,6 +38,7 @@ ALLOWED = {
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
   'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
   'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
+  'fmzoo.bench_loader': ({'numpy'}, {'fmzoo.data.pipeline', 'fmzoo.sources'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),
   'fmzoo.augment': ({'jax', 'numpy'}, {'fmzoo.shapes'}),
   'fmzoo.precision': ({'jax', 'numpy'}, {
@@ -63,7 +64,7 @@ ALLOWED = {
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',
-    'fmzoo.precision'}),
+    'fmzoo.bench_loader', 'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 
