@@ -21,7 +21,9 @@ def get_config(classes='1'):
   config.run.steps = 100_000
   config.data.update(batch_size=128, num_classes=int(classes), flip=True)
   if config.data.num_classes == 1:
-    config.method.update(guidance=1.0, label_dropout=0.0)  # there is no class to guide to
+    config.method.update(  # there is no class to guide to
+      guidance=1.0, label_dropout=0.0, mix_ratio=1.0, guidance_decay_time=1.0
+    )
   config.sample.update(num_images=100, batch_size=100, labels='balanced')
   config.log.checkpoint_every_steps = 5000
   return config
