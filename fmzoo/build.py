@@ -360,5 +360,5 @@ def stage_identity(recipe):
   keys = ['model.name', *keys]  # first, since it says most where it differs
   return {
     key: recipe.identity[key] for key in keys
-    if key not in ('model.frn_depth', 'data.batch_size', 'data.augment')
+    if key not in ('model.frn_depth', 'data.batch_size', 'data.flip', 'data.augment')
   }

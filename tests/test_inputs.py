@@ -112,8 +112,8 @@ def test_augmentation_that_does_not_fit_is_refused(changes, message):
 def test_only_augmentation_may_differ_from_the_run_one_starts_from():
   """Going on with a run under another augmentation is another run; starting from one is not."""
   recipe = tiny.recipe('fm')
-  assert recipe.identity['data.augment'] == 0.0
-  assert 'data.augment' not in build.stage_identity(recipe)
+  assert recipe.identity['data.augment'] == 0.0 and recipe.identity['data.flip'] is False
+  assert not {'data.augment', 'data.flip'} & set(build.stage_identity(recipe))
 
 
 def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):

@@ -72,9 +72,21 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
       job.write(shard, stored, unreadable)
   hosts.barrier('prepare')
   if hosts.is_main():
-    _report(path, job.finish())
-  hosts.barrier('prepared')
+    _finish(path, job)
+  else:
+    hosts.all_agree(True)
   return latents.read_manifest(path)
+
+
+def _finish(path, job):
+  """Writes the manifest; the other hosts wait, and do not when that fails."""
+  is_done = False
+  try:
+    manifest = job.finish()
+    is_done = True
+  finally:
+    hosts.all_agree(is_done)
+  _report(path, manifest)
 
 
 def _check(recipe, source, rows):
