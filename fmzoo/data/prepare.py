@@ -23,7 +23,7 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 ENCODED_ROWS = 8  # images a device encodes at a time: at 256 x 256, 0.3 GB for each large array
-AHEAD = 4  # batches of images that are read before they are needed
+AHEAD = 64  # images that are read before they are needed
 LOG_SECONDS = 30  # between lines of progress
 SHOWN = 5  # unreadable images that the last line names
 
@@ -202,7 +202,7 @@ def _ahead(rows, indices, num_threads):
     coming, left = collections.deque(), iter(indices)
     try:
       while True:
-        room = AHEAD * ENCODED_ROWS + num_threads - len(coming)
+        room = AHEAD + num_threads - len(coming)
         coming.extend(threads.submit(read, index) for index in itertools.islice(left, room))
         if not coming:
           return
