@@ -114,6 +114,9 @@ CASES = {
   'one bound of an interval': (
     ('--config=configs/bfm_digits.py', '--config.sample.guidance_interval=(0.5,)'),
     ('sample.guidance_interval=(0.5,)', 'two')),
+  'words in a tuple of numbers': (
+    ('--config=configs/soflow_digits.py', "--config.method.time_mean=('a', 0.0, 0.0)"),
+    ('method.time_mean=', "'a'")),
   'unknown evaluation': ((RECIPE, '--config.eval.name=digit'), ('eval.name', 'digit', 'digits')),
   'evaluation of other data': (
     (RECIPE, '--config.data.channels=4'), ('eval.name', '(8, 8, 4)')),
