@@ -34,7 +34,7 @@ def subject():
   """A tiny network with noise on every parameter."""
   recipe = tiny.recipe('soflow', data__batch_size=32)
   _, batch = precision.untrained(recipe)
-  return precision.Subject(recipe, tiny.warm(recipe.method.init(jax.random.key(0))), batch)
+  return precision.Subject(recipe, tiny.warm(tiny.init(recipe)), batch)
 
 
 def test_the_error_does_not_grow_as_points_come_near(subject):
