@@ -31,6 +31,15 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+LONGEST = ('test_step', 'test_resume', 'test_precision', 'test_bfm_golden', 'test_killed')  # files
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the files that take longest first, lest a worker begins one when the others are done."""
+  order = {name: place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_addoption(parser):
   parser.addoption(
     '--golden-root',

@@ -27,7 +27,7 @@ def test_killed_process_goes_on_exactly(tmp_path):
     '--config.log.checkpoint_every_steps=5', '--config.eval.name=none',
   ]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  environment['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
+  environment['XLA_FLAGS'] += ' --xla_cpu_multi_thread_eigen=false'
 
   def start(workdir):
     return subprocess.Popen(
