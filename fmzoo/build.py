@@ -159,7 +159,7 @@ class Log:
   preview_every_steps: int
   checkpoint_every_steps: int
   keep_last: int
-  keep_steps: tuple
+  keep_steps: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,13 +227,21 @@ def _section(cls, config, name, drop=(), given=()):
     problem = 'is missing' if key in types else 'is not a key of this recipe'
     raise ValueError(f"{name}.{key} {problem}; section '{name}' has {', '.join(sorted(types))}")
   for key, value in values.items():
-    kind = typing.get_origin(types[key]) or types[key]
-    accepted = {float: (float, int), tuple: (tuple, list), Any: object}.get(kind, kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind not in (bool, Any)):
-      raise ValueError(f'{name}.{key}={value!r} must be of type {kind.__name__}')
+    if not _is_of(types[key], value):
+      kind = types[key] if typing.get_origin(types[key]) else types[key].__name__
+      raise ValueError(f'{name}.{key}={value!r} must be of type {kind}')
     _check_value(f'{name}.{key}', value)
   values |= {key: given[key] for key in given if key in {f.name for f in dataclasses.fields(cls)}}
   return cls(**values)
+
+
+def _is_of(kind, value):
+  """Says whether a value is of the type of its field, and so are the elements of a tuple."""
+  origin = typing.get_origin(kind) or kind
+  accepted = {float: (float, int), tuple: (tuple, list), Any: object}.get(origin, origin)
+  if not isinstance(value, accepted) or (isinstance(value, bool) and kind not in (bool, Any)):
+    return False
+  return origin is not tuple or all(_is_of(typing.get_args(kind)[0], part) for part in value)
 
 
 def _check_value(dotted, value):

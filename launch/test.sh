@@ -6,4 +6,4 @@ source "$(dirname "$0")/environment.sh"
 
 fmzoo_environment '[test]'
 ruff check .
-python -m pytest -n "${FMZOO_TEST_PROCESSES:-auto}" --dist loadfile --durations=15 "$@"
+python -m pytest -n "${FMZOO_TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -86,6 +86,21 @@ def test_unknown_sizes_are_refused(name):
     config_of(f'{name}:xxl')
 
 
+@pytest.mark.parametrize('section,key,elements,expected', [
+  ('method', 'time_mean', ('a', 0.0, 0.0), 'float'),
+  ('method', 'time_std', (True, 1.0, 1.0), 'float'),
+  ('log', 'keep_steps', (1.5,), 'int'),
+])
+def test_elements_of_tuples_have_a_type(section, key, elements, expected):
+  config = config_of('soflow_digits')
+  config[section] = {**config[section].to_dict(), key: elements}
+  with pytest.raises(ValueError) as error:
+    build.recipe(config)
+  assert str(error.value) == (
+    f'{section}.{key}={elements!r} must be of type tuple[{expected}, ...]'
+  )
+
+
 @pytest.mark.parametrize('name', MODULES)
 def test_recipe_says_how_it_is_run(name):
   module = importlib.import_module(f'configs.{name}')

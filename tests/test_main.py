@@ -114,6 +114,9 @@ CASES = {
   'one bound of an interval': (
     ('--config=configs/bfm_digits.py', '--config.sample.guidance_interval=(0.5,)'),
     ('sample.guidance_interval=(0.5,)', 'two')),
+  'words in a tuple of numbers': (
+    ('--config=configs/soflow_digits.py', "--config.method.time_mean=('a', 0.0, 0.0)"),
+    ('method.time_mean=', "'a'")),
   'unknown evaluation': ((RECIPE, '--config.eval.name=digit'), ('eval.name', 'digit', 'digits')),
   'evaluation of other data': (
     (RECIPE, '--config.data.channels=4'), ('eval.name', '(8, 8, 4)')),
@@ -311,20 +314,21 @@ def test_cifar10_from_training_to_pictures_and_official_weights(
 
 
 def test_help_and_import_are_quick():
-  """The bars are 2 s and 1.5 s on an idle machine; best of three, since this one may be busy."""
-  def seconds(*arguments):
+  """The bars are of an idle machine; one in three has to be below, since this one may be busy."""
+  def output_within(bar, *arguments):
     times = []
-    for _ in range(3):
+    while len(times) < 3 and (not times or times[-1] >= bar):
       start = time.time()
       result = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
       )
       times.append(time.time() - start)
-    return min(times), result.stdout
+    assert min(times) < bar, times
+    return result.stdout
 
-  taken, text = seconds('-m', 'fmzoo.main', '--help')
-  assert taken < 2 and 'evaluate' in text and '--workdir' in text
-  assert seconds('-c', 'import fmzoo')[0] < 1.5
+  text = output_within(2, '-m', 'fmzoo.main', '--help')
+  assert 'evaluate' in text and '--workdir' in text
+  output_within(1.5, '-c', 'import fmzoo')
 
 
 def test_light_modules_need_jax_flax_optax_and_numpy_alone():

@@ -1,22 +1,14 @@
 """A run that stops, however it stops, goes on bit for bit, and owes nothing in the end."""
 
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from fmzoo import build, checkpoint, command_line, evaluate, train
-from fmzoo.parallel import mesh as meshes
+from fmzoo import build, command_line, encoders, evaluate, train
 from tests import tiny
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def arrays(state):
@@ -31,74 +23,35 @@ def losses(workdir):
 
 
 @pytest.mark.parametrize('method', tiny.EVERY)
-def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data):
+def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data, monkeypatch):
   """Parameters, EMA, optimiser, key and the losses that follow, bit for bit.
 
   The U-Net has dropout, augmentation and an EMA of every third step, which the stop is between.
+  Each workdir trains its own encoder of the digits, but not for long. What a stop does to the
+  program of a step, nothing, test_killed.py shows of a real process; here it is compiled once.
   """
+  monkeypatch.setattr(encoders, 'STEPS', 3)
+  compile_step, compiled = train.compile_step, {}
+
+  def compile_once(recipe, *args):
+    if recipe.method_name not in compiled:
+      compiled[recipe.method_name] = compile_step(recipe, *args)
+    return compiled[recipe.method_name]
+
+  monkeypatch.setattr(train, 'compile_step', compile_once)
   changes = {'log__log_every_steps': 1, 'mesh__data': 1}
   if method == 'bfm_frn':
     train.train(tiny.recipe('bfm', run__steps=1, **changes), tmp_path / 'stage1')
     changes['run__init_from'] = str(tmp_path / 'stage1')
   recipe = tiny.recipe(method, run__steps=4, **changes)
   whole = train.train(recipe, tmp_path / 'whole')
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(train.hosts.Preemption, 'reached', lambda self, done: done >= 2)
+  with monkeypatch.context() as stopping:
+    stopping.setattr(train.hosts.Preemption, 'reached', lambda self, done: done >= 2)
     train.train(recipe, tmp_path / 'parts')
   resumed = train.train(recipe, tmp_path / 'parts')
   jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
   assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
   assert sorted(losses(tmp_path / 'parts')) == [1, 2, 3, 4]
-
-
-def test_killed_process_goes_on_exactly(tmp_path):
-  """kill -9 and SIGTERM of a real process; the curve equals the uninterrupted one bit for bit."""
-  arguments = [
-    sys.executable, '-m', 'fmzoo.main', '--config=configs/sit_digits.py',
-    '--config.model.width=32', '--config.model.heads=2', '--config.model.depth=1',
-    '--config.model.unroll=1', '--config.data.batch_size=16', '--config.run.steps=60',
-    '--config.log.log_every_steps=1', '--config.log.preview_every_steps=0',
-    '--config.log.checkpoint_every_steps=5', '--config.eval.name=none',
-  ]
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  environment['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
-
-  def start(workdir):
-    return subprocess.Popen(
-      [*arguments, f'--workdir={workdir}'], cwd=ROOT, env=environment,
-      stderr=subprocess.PIPE, text=True,
-    )
-
-  def stop(process, workdir, at_step, with_signal):
-    """Sends a signal once the log has reached a step; the process has 60 steps to go."""
-    for line in process.stderr:
-      if f'step {at_step} of' in line:
-        process.send_signal(with_signal)
-        break
-    process.communicate()
-    return process.returncode
-
-  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  assert stop(start(whole), whole, 10**9, signal.SIGTERM) == 0
-  assert stop(start(parts), parts, 7, signal.SIGKILL) == -signal.SIGKILL
-  begun = time.time()
-  assert stop(start(parts), parts, 20, signal.SIGTERM) == 143
-  assert time.time() - begun < 30
-  assert 20 <= max(losses(parts)) < 60
-  assert stop(start(parts), parts, 10**9, signal.SIGTERM) == 0
-  assert losses(whole) == losses(parts)
-  states = []
-  for workdir in (whole, parts):
-    recipe = build.recipe(_config_of(workdir))
-    mesh = meshes.make(meshes.Config(data=1, mode='jit'))
-    with checkpoint.Checkpoints(workdir / 'checkpoints', identity=recipe.identity) as checkpoints:
-      states.append(arrays(train.restore_or_init(recipe, mesh, checkpoints)[0]))
-  assert int(states[0].step) == 60
-  jax.tree.map(np.testing.assert_array_equal, *states)
-
-
-def _config_of(workdir):
-  return command_line.parse(['fmzoo', f'--workdir={workdir}'])[1]
 
 
 def test_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
@@ -143,6 +96,6 @@ def test_prolonged_run_stretches_its_schedules(tmp_path):
   rows, keys = tiny.batch(4), jax.random.split(jax.random.key(0), 4)
   ratios = []
   for recipe in (build.recipe(longer), build.recipe(config)):
-    params = recipe.method.init(jax.random.key(0))
-    ratios.append(recipe.method.loss(params, rows, keys, 6)[1]['consistency/middle_ratio'])
+    _, metrics = jax.jit(recipe.method.loss)(tiny.init(recipe), rows, keys, 6)
+    ratios.append(metrics['consistency/middle_ratio'])
   assert ratios[0] == ratios[1] and float(ratios[0]) < 0.01

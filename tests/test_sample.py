@@ -11,7 +11,7 @@ from tests import tiny
 
 def test_an_image_depends_on_its_index_and_not_on_the_batch(tmp_path):
   recipe = tiny.recipe('fm')
-  params = tiny.warm(recipe.method.init(jax.random.key(0)))
+  params = tiny.warm(tiny.init(recipe))
   images = []
   for devices, size in ((1, 7), (8, 16), (1, 30)):
     mesh = meshes.make(meshes.Config(data=devices, mode='jit'))

@@ -62,7 +62,9 @@ def config(method, **changes):
   if method in ('fm', 'soflow'):
     config.model.depth = 2
   if method == 'fm':
-    config.sample.num_steps = 4
+    config.sample.num_steps = 4  # and the recipe's unrolled loop over blocks
+  elif method != 'soflow_unet':
+    config.model.unroll = 1  # a block is compiled once
   for key, value in changes.items():
     section, _, name = key.partition('__')
     config[section][name] = value
@@ -72,6 +74,11 @@ def config(method, **changes):
 def recipe(method, **changes):
   """Returns the Recipe of `config`."""
   return build.recipe(config(method, **changes))
+
+
+def init(recipe, seed=0):
+  """Returns parameters of a recipe, as one program: eagerly each leaf would compile several."""
+  return jax.jit(recipe.method.init)(jax.random.key(seed))
 
 
 def blockwise_net(method='bfm_frn', **changes):
@@ -155,11 +162,13 @@ def write_pictures(folder, classes, per_class, size, seed=0):
 
 
 def warm(params, seed=1):
-  """Returns params with noise on every leaf, so that no zero-initialised layer hides a fault."""
+  """Returns params as NumPy arrays, each with noise, so that no zeros of an init hide a fault."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32), params
-  )
+
+  def noisy(leaf):
+    return np.asarray(leaf) + np.float32(0.05) * rng.standard_normal(leaf.shape).astype(np.float32)
+
+  return jax.tree.map(noisy, params)  # in NumPy, since jax would compile a program a shape
 
 
 def random_vae(seed=0):

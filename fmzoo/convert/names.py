@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MAX_KEYS = 8  # that a list in a message has
+
 
 class Misfit(ValueError):
   """Weights are not those of the network asked for."""
@@ -41,6 +43,13 @@ def linear(official, path, index=()):
     Entry(f'{official}.weight', (*path, 'kernel'), index, transpose, transpose),
     Entry(f'{official}.bias', (*path, 'bias'), index, same, same),
   ]
+
+
+def listed(words):
+  """Returns the first words with commas between them, and how many more there are."""
+  words = list(words)
+  more = [f'and {len(words) - MAX_KEYS} more'] if len(words) > MAX_KEYS else []
+  return ', '.join([*words[:MAX_KEYS], *more])
 
 
 def clean(tensors, prefix=''):
@@ -79,8 +88,8 @@ def from_official(entries, tensors, abstract):
     Tree of numpy arrays.
 
   Raises:
-    Misfit: names every key that is missing or not expected and every tensor of another shape
-      or dtype.
+    Misfit: names the keys that are missing or not expected and the tensors of another shape or
+      dtype, the first MAX_KEYS of each.
   """
   _check(entries, tensors, abstract)
   tree = {}
@@ -119,12 +128,12 @@ def _check(entries, tensors, abstract):
   found = {key: _spec(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
   problems = []
   if missing := sorted(expected.keys() - found.keys()):
-    problems.append(f'missing {", ".join(missing)}')
+    problems.append(f'missing {listed(missing)}')
   if extra := sorted(found.keys() - expected.keys()):
-    problems.append(f'not expected {", ".join(map(_shown, extra))}')
+    problems.append(f'not expected {listed(map(_shown, extra))}')
   if wrong := sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k]):
-    specs = ', '.join(f'{key} is {found[key]}, expected {expected[key]}' for key in wrong)
-    problems.append(f'of another shape or dtype {specs}')
+    specs = (f'{key} is {found[key]}, expected {expected[key]}' for key in wrong)
+    problems.append(f'of another shape or dtype {listed(specs)}')
   if problems:
     raise Misfit(
       f'weights do not fit this network: {"; ".join(problems)}; use the recipe of these weights,'

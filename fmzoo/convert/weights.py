@@ -10,11 +10,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fmzoo.convert import torch_file, torch_pickle
+from fmzoo.convert import names, torch_file, torch_pickle
 
 TORCH = ('.pt', '.pth', '.bin')  # endings of files of torch.save; others are safetensors
 ENTRIES = {'ema': 'ema_model', 'params': 'model'}  # of a training checkpoint, by sample.weights
-MAX_KEYS = 8  # that a message lists
 DTYPES = {  # numpy's names; others stay as the file has them, and are refused by their name
   'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
   'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool',
@@ -86,8 +85,7 @@ def _entry(path, value, chosen):
   entries = value if isinstance(value, dict) else {}
   if _is_weights(found := entries.get(ENTRIES[chosen])):
     return found
-  keys = [torch_pickle.show(str(key)) for key in entries]
-  listed = ', '.join([*keys[:MAX_KEYS], *(['...'] if len(keys) > MAX_KEYS else [])])
+  listed = names.listed(torch_pickle.show(str(key)) for key in entries)
   remedies = [
     f'--config.sample.weights={name} takes {entry!r}'
     for name, entry in ENTRIES.items() if _is_weights(entries.get(entry))

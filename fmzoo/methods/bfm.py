@@ -19,7 +19,7 @@ class Config:
   """Settings of BFM, stage 1."""
 
   path: str  # noising path: 'linear' or 'trig'
-  edges: tuple  # S - 1 times between the segments, falling; () cuts [0, 1] into equal segments
+  edges: tuple[float, ...]  # S - 1 times between the segments, falling; () is equal segments
   alignment_weight: float  # lambda of the alignment loss
   label_dropout: float  # probability that a row is trained with the null label
 

@@ -16,7 +16,7 @@ class Config:
   """Settings of BFM, stage 2."""
 
   path: str  # noising path: 'linear' or 'trig'
-  edges: tuple  # as in stage 1
+  edges: tuple[float, ...]  # as in stage 1
   label_dropout: float  # probability that a row is trained with the null label
 
 

@@ -26,8 +26,8 @@ class Config:
   solution: str  # a, b of f = a x + b NN: 'euler' or 'trig' (coefficient_type)
   velocity_ratio: float  # share of rows for flow matching, the rest for consistency, in [0, 1]
   total_steps: int  # K of the middle-time schedule; run.steps, and no key of its own
-  time_mean: tuple  # of the logit-normal times: flow matching t, consistency s, consistency t
-  time_std: tuple  # the same three
+  time_mean: tuple[float, ...]  # of the logit-normal times: flow's t, consistency's s and t
+  time_std: tuple[float, ...]  # the same three
   guidance: float  # omega, trained in; 1 is none (cfg_scale)
   mix_ratio: float  # m: share of the guided target that is not the network's own velocity
   guidance_decay_time: float  # tau: guidance fades for t > tau; 1 never (cfg_decay_time)

@@ -27,9 +27,9 @@ class Config:
   """Sizes and numerics of a U-Net."""
 
   width: int  # channels of the first convolution; four times as many in the embedding
-  multipliers: tuple  # channels of each resolution over width, the finest resolution first
+  multipliers: tuple[int, ...]  # channels of each resolution over width, the finest first
   blocks: int  # residual blocks of a resolution on the way down; one more on the way up
-  attention_resolutions: tuple  # sides, in pixels, of the maps with attention
+  attention_resolutions: tuple[int, ...]  # sides, in pixels, of the maps with attention
   dropout: float  # share of activations zeroed in training, in every block
   augment_dim: int  # width of the augmentation labels; 0 for a network without
   dtype: Any  # of convolutions and attention: 'float32' or 'bfloat16'

@@ -1,6 +1,7 @@
 """The name map of SoFlow's DiT, both directions."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -104,3 +105,12 @@ def test_all_that_does_not_fit_is_named_together(params):
     ' ema_decay; of another shape or dtype y_embedder.embedding_table.weight is float32[5,16],'
     ' expected float32[6,16]; '
   )
+
+
+def test_long_lists_of_what_does_not_fit_are_cut():
+  """However many keys a file has; each list says how many it leaves out."""
+  with pytest.raises(names.Misfit) as error:
+    read({f'x.{i:04d}': np.zeros(1, np.float32) for i in range(1000)})
+  missing, extra = str(error.value).split('; not expected ')
+  assert re.search(r'missing (\S+, ){8}and \d\d more$', missing)
+  assert extra.startswith('x.0000, x.0001, ') and ', x.0007, and 992 more; ' in extra

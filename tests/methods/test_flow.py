@@ -67,7 +67,7 @@ def test_order_of_the_integrators(name, order, tolerance):
 @pytest.mark.parametrize('solver,calls', [('euler', 1), ('heun', 2)])
 def test_evaluations_of_the_sampler(guidance, passes, solver, calls):
   recipe = tiny.recipe('fm')
-  params = recipe.method.init(jax.random.key(0))
+  params = jax.eval_shape(recipe.method.init, jax.random.key(0))
   keys, labels = jax.random.split(jax.random.key(1), 4), jnp.zeros(4, jnp.int32)
 
   def flops(**options):

@@ -45,7 +45,7 @@ def net():
   )
   # Eagerly every call would compile its scan anew.
   made = made._replace(apply=jax.jit(made.apply), apply_pairs=jax.jit(made.apply_pairs))
-  return made, tiny.warm(made.init(jax.random.key(0)))
+  return made, tiny.warm(jax.jit(made.init)(jax.random.key(0)))
 
 
 @pytest.mark.parametrize('solution', soflow_times.SOLUTIONS)
@@ -316,7 +316,7 @@ def test_dropped_rows_are_trained_without_guidance():
 @pytest.mark.parametrize('num_steps', [1, 2, 4])
 def test_one_network_call_a_step(renoise, num_steps):
   recipe = tiny.recipe('soflow', sample__num_steps=num_steps, sample__renoise=renoise)
-  params = recipe.method.init(jax.random.key(0))
+  params = jax.eval_shape(recipe.method.init, jax.random.key(0))
   keys, labels = jax.random.split(jax.random.key(1), 4), jnp.zeros(4, jnp.int32)
 
   def flops(steps):

@@ -4,6 +4,7 @@ And against those of another configuration, written by the float64 reference (so
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,17 @@ class Golden:
     self.params = convert.from_official(
       load_file(folder / 'dit.safetensors'), self.model, d['channels'],
       jax.eval_shape(self.net.init, jax.random.key(0)),
+    )
+
+  @functools.cached_property
+  def value_and_grad(self):
+    """(config, params, rows) -> ((loss, metrics), gradient), one program for a config."""
+    def loss(params, config, rows):
+      return soflow.loss_of_rows(config, self.net, self.classes, params, rows)
+
+    return jax.jit(
+      lambda config, params, rows: jax.value_and_grad(loss, has_aux=True)(params, config, rows),
+      static_argnums=0,
     )
 
   def image(self, name):
@@ -211,11 +223,7 @@ def test_losses_and_gradients(golden):
     rows = rows_of(golden, pre, kind)
     if rows.labels is None:
       rows = rows._replace(dropped=np.zeros_like(golden.arrays[f'{pre}.mask']))
-    compute = jax.jit(jax.value_and_grad(
-      lambda p, config=config, rows=rows: soflow.loss_of_rows(
-        config, golden.net, golden.classes, p, rows), has_aux=True,
-    ))
-    (loss, metrics), grads = compute(golden.params)
+    (loss, metrics), grads = golden.value_and_grad(config, golden.params, rows)
     part = 'flow' if kind == 'vel' else 'consistency'
     a = golden.arrays
     for value, name in (

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmzoo.convert import soflow_unet as convert
-from fmzoo.methods import soflow, soflow_sampler
+from fmzoo.methods import soflow_sampler
 from fmzoo.models import unet
 from tests import golden_files as files
 from tests.methods import test_soflow_golden as of_dit
@@ -124,11 +124,7 @@ def test_losses_and_gradients(golden):
     )
     config = golden.settings(case, velocity_ratio=1.0 if kind == 'vel' else 0.0)
     rows = of_dit.rows_of(golden, pre, kind)._replace(augment=a[f'{pre}.aug_labels'])
-    compute = jax.jit(jax.value_and_grad(
-      lambda p, config=config, rows=rows: soflow.loss_of_rows(
-        config, golden.net, golden.classes, p, rows), has_aux=True,
-    ))
-    (loss, metrics), grads = compute(golden.params)
+    (loss, metrics), grads = golden.value_and_grad(config, golden.params, rows)
     part = 'flow' if kind == 'vel' else 'consistency'
     grads = {key: g for key, g in golden.official(grads).items() if 'resample_filter' not in key}
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
