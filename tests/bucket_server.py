@@ -21,6 +21,11 @@ class Bucket(http.server.BaseHTTPRequestHandler):
     self.root, self.asked = root, asked
     super().__init__(*args)
 
+  def handle(self):
+    """Answers until the client goes, which it may do without reading to the end."""
+    with contextlib.suppress(ConnectionError):
+      super().handle()
+
   def do_GET(self):
     """Answers with an object's bytes, 404 where there is none, 403 in the bucket `closed`."""
     path = urllib.parse.urlsplit(self.path).path
@@ -50,8 +55,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
       self.send_header(key, value)
     self.send_header('Content-Length', str(len(content)))
     self.end_headers()
-    with contextlib.suppress(ConnectionError):  # a client need not read to the end
-      self.wfile.write(content)
+    self.wfile.write(content)
 
   def log_message(self, *args):
     """Says nothing."""
