@@ -23,6 +23,7 @@ setup(
     'orbax-checkpoint>=0.12.8',
     'grain>=0.2.18',
     'array_record>=0.8.6',
+    'tensorstore>=0.1.86',  # of orbax-checkpoint; reads the manifest of latents in a bucket
     'tensorflow-datasets>=4.9.10',
     'ml-collections>=1.1',
     'clu>=0.0.12',

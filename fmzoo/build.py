@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from fmzoo import optimizer
+from fmzoo import optimizer, paths
 from fmzoo.methods import base, flow
 from fmzoo.models import digits_encoder, vae
 from fmzoo.parallel import mesh as meshes
@@ -38,6 +38,7 @@ CHOICES = {
   'sample.weights': ('ema', 'params'),
   'eval.name': ('none', 'digits'),
 }
+LOCAL = ('run.init_from', 'data.vae', 'data.encoder')  # keys whose paths must be of this machine
 LIMITS = {  # lowest and highest value that can work; None is no limit
   'run.seed': (0, 2**32 - 1), 'run.steps': (1, 2**31 - 1),
   'data.batch_size': (1, None), 'data.latent_size': (1, None), 'data.channels': (1, None),
@@ -245,7 +246,9 @@ def _is_of(kind, value):
 
 
 def _check_value(dotted, value):
-  """Refuses a value that is none of the key's CHOICES or outside its LIMITS."""
+  """Refuses a value that is none of the key's CHOICES, outside its LIMITS or an address."""
+  if dotted in LOCAL:
+    paths.expect_local(dotted, value)
   if dotted in CHOICES and value not in CHOICES[dotted]:
     raise ValueError(f"{dotted}='{value}' is unknown; use one of {', '.join(CHOICES[dotted])}")
   if dotted in LIMITS and isinstance(value, (int, float)):

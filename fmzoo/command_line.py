@@ -10,6 +10,8 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from fmzoo import paths
+
 COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'train': (),
   'sample': ('step',),
@@ -26,6 +28,7 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('against', 'loader'): 'compare samplers or read data',
   ('precision', 'loader'): 'look at rounding or at reading',
 }
+PATHS = ('workdir', 'samples', 'weights', 'export', 'from')  # flags that name a file or folder
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
 
@@ -84,6 +87,8 @@ def parse(argv):
   """
   command_of(itertools.takewhile(lambda word: not word.startswith('-'), argv[1:]))
   sys.path.insert(0, os.getcwd())  # recipes import configs.base
+  for name in PATHS:
+    paths.expect_local(f'--{name}', flag_value(argv, name))
   recipe, argv = without_recipe(argv, 'config')
   against, argv = without_recipe(argv, 'against')
   recipes = {
@@ -92,7 +97,7 @@ def parse(argv):
   if against is not None:
     recipes['against'] = recipe_config('against', against)
   values = flags.FlagValues()
-  for name in ('workdir', 'samples', 'weights', 'export', 'from'):
+  for name in PATHS:
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
   flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)

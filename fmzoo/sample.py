@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from fmzoo import checkpoint, cost, pictures, sources, writer
+from fmzoo import checkpoint, cost, paths, pictures, sources, writer
 from fmzoo.parallel import mesh as meshes
 
 PREVIEW_COLUMNS = 10
@@ -167,7 +167,12 @@ def load_params(recipe, mesh, workdir, at_step=None):
 
 
 def open_checkpoints(recipe, workdir, *, identity=None, read_only=True):
-  """Opens the checkpoints of a workdir; `identity` is the recipe's unless another is given."""
+  """Opens the checkpoints of a workdir; `identity` is the recipe's unless another is given.
+
+  Raises:
+    ValueError: if the workdir is an address or cannot be written.
+  """
+  paths.expect_local('workdir', workdir)
   return checkpoint.Checkpoints(
     pathlib.Path(workdir) / 'checkpoints',
     identity=recipe.identity if identity is None else identity,

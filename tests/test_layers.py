@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # module prefix -> (packages from outside, modules of fmzoo) that it may import
 ALLOWED = {
   'fmzoo.shapes': ({'jax'}, set()),
+  'fmzoo.paths': (set(), set()),
   'fmzoo.cost': ({'jax'}, set()),
   'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
   'fmzoo.methods.bfm': ({'jax'}, {
@@ -24,7 +25,8 @@ ALLOWED = {
     'fmzoo.methods.soflow_times'}),
   'fmzoo.data': (
     {'numpy', 'grain', 'array_record', 'sklearn', 'absl', 'tensorflow_datasets', 'google', 'PIL',
-     'h5py'}, {'fmzoo.data'}),
+     'h5py'}, {'fmzoo.data', 'fmzoo.paths'}),
+  'fmzoo.data.buckets': ({'tensorstore'}, {'fmzoo.paths'}),
   'fmzoo.data.prepare': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.data', 'fmzoo.inputs', 'fmzoo.sources', 'fmzoo.writer', 'fmzoo.convert.vae',
     'fmzoo.parallel'}),
@@ -48,19 +50,20 @@ ALLOWED = {
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
     'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
-  'fmzoo.build': ({'jax'}, {'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel'}),
+  'fmzoo.build': ({'jax'}, {
+    'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
   'fmzoo.sources': (set(), {
     'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer',
-    'fmzoo.parallel'}),
+    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sources',
+    'fmzoo.writer', 'fmzoo.parallel'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
-  'fmzoo.command_line': ({'absl', 'ml_collections'}, set()),
+  'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',

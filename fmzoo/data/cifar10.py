@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 
+from fmzoo import paths
 from fmzoo.data import batch_pickle
 
 URL = 'https://www.cs.toronto.edu/~kriz/cifar.html'
@@ -46,6 +47,7 @@ class Cifar10Source:
 
   def __init__(self, path, rows=50_000):
     self.name = f'data.path={path}'
+    paths.expect_local('data.path', path)
     self._pixels, self._labels = _read(pathlib.Path(path), rows)
 
   def __len__(self):

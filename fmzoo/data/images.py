@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from array_record.python import array_record_module
 
+from fmzoo import paths
 from fmzoo.data import official, picture_files
 
 adm_crop = picture_files.adm_crop
@@ -52,6 +53,7 @@ def open_source(spec, size, with_pixels):
   """
   if size < 1:
     raise ValueError(f'size={size} must be 1 or more')
+  paths.expect_local('--from', spec)
   if spec.startswith('tfds:'):
     return TfdsImages(*_name_and_split(spec), size)
   path = os.path.expanduser(spec)

@@ -10,10 +10,14 @@ kept; the label as int32. Here they are read; data/shards.py writes them.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
+
+from fmzoo import paths
+from fmzoo.data import buckets
 
 VERSION = 3
 DTYPES = {'float16': np.dtype('<f2'), 'float32': np.dtype('<f4')}
@@ -64,11 +68,12 @@ class LatentSource:
   the mirror image, [B, 2, H, W, 2 C], where asked for. So do 'feature' [B, N, F], in the stored
   dtype, and 'image' [B, h, w, 3] uint8: where they are stored and asked for. Only then is `encoder`
   not '' and `feature_shape`, `image_shape` not (). Opening checks that every shard is there with
-  the size, the rows and the first record of the manifest; checksums take a pass over all bytes and
-  are for `verify`.
+  the size (in a bucket not), the rows and the first record of the manifest; checksums take a pass
+  over all bytes and are for `verify`.
 
   Args:
-    path: folder written by data/shards.py.
+    path: folder written by data/shards.py, or the address of a copy, gs://bucket/folder. Each row
+      read there is a request of its own.
     with_feature, with_image, with_mirror: False leaves these out of the rows, for what needs none.
 
   Raises:
@@ -91,7 +96,7 @@ class LatentSource:
     files = []
     for shard in manifest.shards:
       file = _check_size(path, shard)
-      _check_rows(path, shard)
+      _check_rows(path, file, shard)
       files.append(f'{file}[0:{shard["count"]}]')  # rows given, so it is not opened once more
     self._records = array_record_data_source.ArrayRecordDataSource(files)
 
@@ -181,17 +186,14 @@ def read_manifest(path):
   Raises:
     ValueError: one line, if there is none, or it cannot be used.
   """
-  file = pathlib.Path(path) / 'manifest.json'
-  if not file.is_file():
-    problem = 'holds no manifest.json' if file.parent.is_dir() else 'is not a folder'
-    if (file.parent / PARTIAL).is_dir():
-      problem += ': `prepare` did not finish there, the same command goes on'
+  text, problem = _manifest_text(path)
+  if text is None:
     raise ValueError(
       f'data.path={path} {problem}; expected latents (manifest.json and ArrayRecord shards): make'
       " them with `prepare --from=PICTURES`, as section 'Data' of README.md shows, or set data.path"
     )
   try:
-    values = json.loads(file.read_text())
+    values = json.loads(text)
     if values['version'] != VERSION:
       raise ValueError(f'version {values["version"]}, this fmzoo reads version {VERSION}')
     manifest = Manifest(**values)
@@ -203,6 +205,20 @@ def read_manifest(path):
       f'data.path={path}: manifest.json cannot be used: {error}; write the latents again'
     ) from error
   return manifest
+
+
+def _manifest_text(path):
+  """Returns (bytes of the manifest or None, what is wrong if there is none)."""
+  if paths.is_bucket(path):
+    return buckets.read(os.path.join(path, 'manifest.json')), 'holds no manifest.json'
+  paths.expect_local('data.path', path)
+  file = pathlib.Path(path) / 'manifest.json'
+  if file.is_file():
+    return file.read_bytes(), ''
+  problem = 'holds no manifest.json' if file.parent.is_dir() else 'is not a folder'
+  if (file.parent / PARTIAL).is_dir():
+    problem += ': `prepare` did not finish there, the same command goes on'
+  return None, problem
 
 
 PARTIAL = 'partial'  # folder of a manifest's beginnings, see data/shards.py
@@ -242,6 +258,7 @@ def verify(path):
   Raises:
     ValueError: names the first shard that is missing, cut short or changed.
   """
+  paths.expect_local('data.path', path)
   for shard in read_manifest(path).shards:
     found = sha256(_check_size(path, shard))
     if found != shard['sha256']:
@@ -252,7 +269,12 @@ def verify(path):
 
 
 def _check_size(path, shard):
-  """Returns the path of a shard that has the size of the manifest."""
+  """Returns the path of a shard that has the size of the manifest.
+
+  In a bucket it is not asked for: an object is never cut short, and `_check_rows` reads its end.
+  """
+  if paths.is_bucket(path):
+    return os.path.join(path, shard['name'])
   file = pathlib.Path(path) / shard['name']
   found = file.stat().st_size if file.is_file() else None
   if found != shard['bytes']:
@@ -264,15 +286,15 @@ def _check_size(path, shard):
   return file
 
 
-def _check_rows(path, shard):
+def _check_rows(path, file, shard):
   """Opens a shard and compares its number of rows and the first of them with the manifest."""
   try:
-    reader = array_record_module.ArrayRecordReader(str(pathlib.Path(path) / shard['name']))
+    reader = array_record_module.ArrayRecordReader(str(file))
     found = f'{reader.num_records()} rows'
     first = hashlib.sha256(reader.read([0])[0]).hexdigest()
     reader.close()
-  except RuntimeError:
-    found, first = 'no readable end', None
+  except RuntimeError as error:
+    found, first = f'no readable end ({" ".join(str(error).split())[:200]})', None
   problem = None
   if found != f'{shard["count"]} rows':
     problem = f'has {found}, manifest.json says {shard["count"]} rows'

@@ -16,7 +16,10 @@ import tempfile
 import numpy as np
 from array_record.python import array_record_module
 
+from fmzoo import paths
 from fmzoo.data import latents
+
+REMEDY = 'write the latents to a folder of this machine or a mounted one, and copy it there'
 
 
 def write_latents(path, rows, *, rows_per_shard=65536, **settings):
@@ -37,9 +40,9 @@ def write_latents(path, rows, *, rows_per_shard=65536, **settings):
     ValueError: if there are latents already or no rows, or a row has another shape, a label out of
       range, a negative standard deviation or a number that the dtype cannot hold.
   """
+  expect_unwritten(path)
   path = pathlib.Path(path)
   manifest = empty_manifest(**settings)
-  expect_unwritten(path)
   path.mkdir(parents=True, exist_ok=True)
   records = (encode(row, f'row {index}', manifest) for index, row in enumerate(rows))
   with tempfile.TemporaryDirectory(dir=path, prefix='writing-') as folder:
@@ -75,7 +78,8 @@ def empty_manifest(
 
 
 def expect_unwritten(path):
-  """Refuses a folder that holds latents already."""
+  """Refuses a folder that holds latents already, and an address, where none can be written."""
+  paths.expect_local('data.path', path, REMEDY)
   if (pathlib.Path(path) / 'manifest.json').exists():
     raise ValueError(f'{path} holds latents already; choose another folder or remove them first')
 
