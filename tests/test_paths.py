@@ -75,7 +75,7 @@ def test_latents_in_a_bucket_are_those_of_the_folder(tmp_path):
   write(folder)
   found, asked = run(tmp_path, OPEN + """
 source = latents.LatentSource('gs://bucket/some data/latents/')
-rows = [source.batch([9, 0, 4]), pickle.loads(pickle.dumps(source)).batch([7])]
+rows = [source.batch(np.array([9, 0, 4])), pickle.loads(pickle.dumps(source)).batch(np.array([7]))]
 print(json.dumps([{name: part.tolist() for name, part in row.items()} for row in rows]))
 """)
   source = latents.LatentSource(folder)

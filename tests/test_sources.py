@@ -117,7 +117,7 @@ def test_a_run_trains_on_features_of_stored_pictures(files, tmp_path):
 
 def test_pictures_stay_on_disk_where_nothing_needs_them(files, tmp_path):
   rows = sources.open_rows(recipe(files, write(tmp_path), method='fm'))
-  assert sorted(rows.batch([0])) == ['label', 'moments']
+  assert sorted(rows.batch(np.array([0]))) == ['label', 'moments']
 
 
 def test_another_decoder_of_the_same_encoder_fits(files, tmp_path):

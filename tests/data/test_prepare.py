@@ -273,6 +273,6 @@ def test_a_picture_of_another_size_is_cropped(folder, params, tmp_path):
   (tmp_path / 'pictures').mkdir()
   photograph.save(tmp_path / 'pictures' / 'only.png')
   run(folder, tmp_path / 'latents', source=str(tmp_path / 'pictures'), data__num_classes=1)
-  moments = latents.LatentSource(tmp_path / 'latents').batch([0])['moments']
+  moments = latents.LatentSource(tmp_path / 'latents').batch(np.array([0]))['moments']
   crop = images.adm_crop(photograph, SIDE)
   np.testing.assert_allclose(moments, encoded(params, crop[None]), rtol=1e-5, atol=1e-5)
