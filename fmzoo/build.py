@@ -320,6 +320,11 @@ def _check_images(data, method):
       f"data.vae='{data.vae}' decodes latents of {channels} channels, not"
       f" data.name='{data.name}', data.channels={data.channels}; set data.vae=''"
     )
+  if 'feature' in method.inputs and data.name not in ('digits', 'latents'):
+    raise ValueError(
+      f"data.name='{data.name}' has no features of a frozen encoder, which this method aligns with;"
+      ' use digits or latents'
+    )
   if data.encoder and (data.name != 'latents' or 'feature' not in method.inputs):
     raise ValueError(
       f"data.encoder='{data.encoder}' is for data.name='latents' and a method that aligns with"

@@ -6,6 +6,8 @@ the start of the run (seconds), frozen, and kept in the workdir for the runs tha
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import zipfile
@@ -103,10 +105,11 @@ def digits(workdir, source, num_classes, seed):
   return lambda params, batch: digits_encoder.apply(params, batch['latent'])[0], params
 
 
-def dinov2(path, *, grid, width, dtype):
+def dinov2(workdir, path, *, grid, width, dtype):
   """Returns (encode, params) of DINOv2 as REPA and BFM feed it: images of 14 pixels a token.
 
   Args:
+    workdir: of the run, which keeps a checksum of the weights in `encoder.json`.
     path: official weights, .safetensors or .pth, of ViT-S/B/L.
     grid: (rows, columns) of the tokens.
     width: F that is expected.
@@ -117,7 +120,8 @@ def dinov2(path, *, grid, width, dtype):
       its tree.
 
   Raises:
-    ValueError: one line, if the weights cannot be read or are of another network or width.
+    ValueError: one line, if the weights cannot be read, are of another network or width, or not
+      those that the run began with.
   """
   try:
     config, params = official_dinov2.load(path, grid)
@@ -128,6 +132,7 @@ def dinov2(path, *, grid, width, dtype):
       f'data.encoder={path} gives features of width {config.width}, not model.feature_dim={width};'
       f' set it to {config.width} or use weights of that width'
     )
+  _expect_same(pathlib.Path(workdir) / 'encoder.json', path, params)
   precision = 'highest' if dtype == 'float32' else 'default'
   net = dinov2_model.make(dataclasses.replace(config, dtype=dtype, precision=precision))
 
@@ -136,3 +141,20 @@ def dinov2(path, *, grid, width, dtype):
     return net.features(params, dinov2_model.preprocess(batch['image'], grid[0] * config.patch))
 
   return encode, params
+
+
+def _expect_same(file, path, params):
+  """Compares a frozen encoder with the one that a run began with; writes the file if it is new."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(leaf))
+  values = {'sha256': digest.hexdigest()}
+  if not file.exists():
+    temporary = file.with_suffix(f'.{os.getpid()}.tmp')
+    temporary.write_text(json.dumps(values))
+    os.replace(temporary, file)
+  elif (found := file.read_text()) != json.dumps(values):
+    raise ValueError(
+      f'data.encoder={path} has weights with checksum {values["sha256"][:12]}, the run began with'
+      f' others ({file}: {found[:30]}...); use those or another --workdir'
+    )

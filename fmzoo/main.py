@@ -84,7 +84,7 @@ def cli():
   try:
     return run(sys.argv)
   except KeyboardInterrupt:
-    print('stopped by Ctrl-C; a run goes on from its last checkpoint', file=sys.stderr)
+    print('stopped by Ctrl-C; the same command goes on', file=sys.stderr)
     return INTERRUPTED
   except (ValueError, OSError) as error:
     if isinstance(error, ValueError) and not command_line.raised_here(error):

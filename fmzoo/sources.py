@@ -3,6 +3,8 @@
 import dataclasses
 import os
 
+from absl import logging
+
 from fmzoo import encoders
 from fmzoo import inputs as device_inputs
 from fmzoo.convert import vae as official_vae
@@ -67,6 +69,11 @@ def _check_latents(recipe, rows):
   data, manifest = recipe.data, rows.manifest
   if data.vae and manifest.vae_hash:
     _check_vae(data, rows)
+  elif data.vae:
+    logging.warning(
+      "%s: made by '%s', whose weights nobody recorded; data.vae=%s is taken for the same",
+      rows.name, manifest.vae, data.vae,
+    )
   if data.flip and not manifest.mirrored:
     raise ValueError(
       f'data.flip=True needs moments of mirror images, {rows.name} has none; prepare it with'
@@ -136,7 +143,7 @@ def inputs(recipe, rows, workdir):
     encode, frozen = encoders.digits(workdir, rows, data.num_classes, recipe.run.seed)
   elif is_aligned(recipe) and data.encoder:
     encode, frozen = encoders.dinov2(
-      data.encoder, grid=feature_grid(recipe), width=recipe.network.feature_dim,
+      workdir, data.encoder, grid=feature_grid(recipe), width=recipe.network.feature_dim,
       dtype=recipe.network.dtype,
     )
   return device_inputs.make(data.latent_scale, encode, data.augment, data.flip), frozen

@@ -52,7 +52,7 @@ ALLOWED = {
     'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
   'fmzoo.build': ({'jax'}, {
     'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
-  'fmzoo.sources': (set(), {
+  'fmzoo.sources': ({'absl'}, {
     'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sources',

@@ -6,12 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from fmzoo import sources, train
+from fmzoo import sample, sources, train
 from fmzoo.convert import dinov2 as official_dinov2
 from fmzoo.convert import vae as official_vae
 from fmzoo.convert import weights
-from fmzoo.data import shards
+from fmzoo.data import prepare, shards
 from fmzoo.models import dinov2, vae
 from tests import tiny
 
@@ -106,13 +107,25 @@ def test_features_are_those_of_the_pictures_and_their_mirror_images(files, tmp_p
   assert distance.max() < 6, 'latents are of the other side'
 
 
-def test_a_run_trains_on_features_of_stored_pictures(files, tmp_path):
-  write(tmp_path / 'latents')
-  made = recipe(files, tmp_path / 'latents', run__steps=2, log__log_every_steps=1)
+def test_from_a_folder_of_photographs_to_samples(files, tmp_path):
+  """Prepared, aligned with features, trained, sampled and decoded, as README has it."""
+  tiny.write_pictures(tmp_path / 'photographs', CLASSES, 8, SIDE)
+  made = recipe(
+    files, tmp_path / 'latents', data__flip=True, run__steps=3, log__log_every_steps=1,
+    sample__num_images=5, sample__batch_size=5,
+  )
+  manifest = prepare.prepare(made, str(tmp_path / 'photographs'), shard_rows=5)
+  assert manifest.count == 24 and manifest.mirrored and manifest.image_shape == [SIDE, SIDE, 3]
   train.train(made, tmp_path / 'run')
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
-  assert [line['step'] for line in lines] == [1, 2]
+  assert [line['step'] for line in lines] == [1, 2, 3]
   assert all(np.isfinite(line['loss']) and line['alignment/cosine'] != 0 for line in lines)
+  assert all(0 <= line['data_wait'] < 1 for line in lines)
+  path = sample.sample(made, tmp_path / 'run')
+  with np.load(path) as arrays:
+    assert arrays['arr_0'].shape == (5, SIDE, SIDE, 3) and arrays['arr_0'].dtype == np.uint8
+    assert len(np.unique(arrays['arr_0'])) > 10
+  assert Image.open(path.with_suffix('.png')).mode == 'RGB'
 
 
 def test_pictures_stay_on_disk_where_nothing_needs_them(files, tmp_path):
@@ -157,7 +170,27 @@ def test_an_encoder_that_does_not_fit_is_refused(files, tmp_path, changes, words
     sources.inputs(made, sources.open_rows(made), tmp_path)
 
 
+def test_a_run_goes_on_with_the_encoder_that_it_began_with(files, tmp_path):
+  made = recipe(files, write(tmp_path))
+  rows = sources.open_rows(made)
+  for _ in range(2):
+    sources.inputs(made, rows, tmp_path)
+  other = str(tmp_path / 'other.safetensors')
+  weights.save(other, official_dinov2.to_official(
+    tiny.random_dinov2(seed=1), tiny.DINOV2, 'hub'
+  ))
+  with pytest.raises(ValueError, match='other.safetensors has weights with checksum .*, the run'):
+    sources.inputs(recipe(files, tmp_path, data__encoder=other), rows, tmp_path)
+
+
+def test_latents_of_an_unknown_vae_are_taken_aloud(files, tmp_path, caplog):
+  with caplog.at_level('WARNING', logger='absl'):
+    sources.open_rows(recipe(files, write(tmp_path, vae_hash='')))
+  assert "made by 'tiny', whose weights nobody recorded; data.vae=" in caplog.text
+
+
 @pytest.mark.parametrize('method,changes,words', [
+  ('bfm', {'data__name': 'cifar10'}, "data.name='cifar10' has no features of a frozen encoder"),
   ('fm', {'data__encoder': 'x'}, "data.encoder='x' is for data.name='latents' and a method that"),
   ('bfm', {'data__encoder': 'x', 'data__name': 'digits'}, "found data.name='digits'"),
   ('fm', {'data__flip': True, 'data__name': 'digits'}, 'data.flip=True mirrors digits'),

@@ -41,11 +41,13 @@ class Manifest:
   classes: list  # their names in that order; [] where they have none
   vae: str  # name of the VAE that made the moments
   vae_hash: str  # of its encoder's weights, convert.vae.encoder_hash; '' where nobody knows
+  vae_dtype: str  # of its products, 'float32' or 'bfloat16'; '' where nobody knows
   scale: float  # latent = scale times a draw from the moments
   crop: str  # how images were cut before encoding
   encoder: str  # name of the frozen encoder that made the features; '' where none are stored
   feature_shape: list  # [N, F], patch tokens and their width; [] where none are stored
   image_shape: list  # [h, w, 3] of the stored images, uint8; [] where none are stored
+  source: str  # what identifies the rows that it was made of; '' where nothing does
   unreadable: list  # names of images of the source that could not be read, and are left out
 
 

@@ -7,6 +7,7 @@ not been.
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import pathlib
 import time
@@ -50,7 +51,6 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
   path = sources.data_path(data)
   if data.name != 'latents':
     raise ValueError(f"prepare writes latents, found data.name='{data.name}'; use another recipe")
-  shards.expect_unwritten(path)
   has_image = sources.is_aligned(recipe)
   rows = images.open_source(source, sources.image_size(data), with_pixels=has_image)
   _check(recipe, source, rows)
@@ -58,35 +58,44 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
   manifest = shards.empty_manifest(
     latent_shape=data.latent_shape, num_classes=data.num_classes, classes=rows.classes,
     vae=encoder.name if encoder else rows.vae, vae_hash=encoder.hash if encoder else '',
-    scale=data.latent_scale, crop=rows.crop, dtype=dtype, mirrored=data.flip,
+    vae_dtype=data.vae_dtype if encoder else '', scale=data.latent_scale, crop=rows.crop,
+    dtype=dtype, mirrored=data.flip, source=rows.fingerprint(),
     image_shape=(*[sources.image_size(data)] * 2, 3) if has_image else (),
   )
-  job = shards.Job(
-    path, manifest, source=rows.fingerprint(), count=len(rows), rows_per_shard=shard_rows
-  )
-  with Count(len(rows), job) as count:
+  job = _open_job(path, manifest, count=len(rows), rows_per_shard=shard_rows)
+  with shards.locked(path, jax.process_index()), Count(len(rows), job) as count:
     for shard in job.left(jax.process_index(), jax.process_count()):
       unreadable = []
       readable = _readable(rows, job.rows(shard), data.num_threads, unreadable, count)
       stored = _rows(readable, encoder, has_image)
       job.write(shard, stored, unreadable)
   hosts.barrier('prepare')
-  if hosts.is_main():
-    _finish(path, job)
-  else:
+  manifest = _on_main(job.finish) or latents.read_manifest(path)
+  _report(path, manifest)
+  return manifest
+
+
+def _open_job(path, manifest, **sizes):
+  """Returns the shards.Job; one host writes its plan, the others compare theirs with it."""
+  make = functools.partial(shards.Job, path, manifest, **sizes)
+  return _on_main(make) or make()
+
+
+def _on_main(function):
+  """Returns what a function gives on the first host, None on others, which wait for it.
+
+  If it fails there, they go on at once, to find out for themselves.
+  """
+  if not hosts.is_main():
     hosts.all_agree(True)
-  return latents.read_manifest(path)
-
-
-def _finish(path, job):
-  """Writes the manifest; the other hosts wait, and do not when that fails."""
+    return None
   is_done = False
   try:
-    manifest = job.finish()
+    result = function()
     is_done = True
+    return result
   finally:
     hosts.all_agree(is_done)
-  _report(path, manifest)
 
 
 def _check(recipe, source, rows):
@@ -102,6 +111,8 @@ def _check(recipe, source, rows):
       f"data.vae='' must name the weights that encode --from={source}, such as"
       ' diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse'
     )
+  if rows.has_moments and data.vae:
+    logging.info('data.vae=%s is not used: --from=%s holds moments', data.vae, source)
   if rows.has_moments and data.flip:
     raise ValueError(
       f'data.flip=True needs moments of mirror images, --from={source} stores none; use False'
@@ -136,7 +147,12 @@ class Encoder:
     )
 
   def __call__(self, pixels):
-    """Starts to encode images [<= most, h, w, 3]; returns what numpy.asarray waits for."""
+    """Starts to encode images [<= most, h, w, 3] uint8.
+
+    Returns:
+      [most, H, W, 2 C] float32, [most, 2, H, W, 2 C] where flipped, which numpy.asarray waits for;
+      rows beyond those of the images mean nothing.
+    """
     padded = np.resize(pixels, (self.most, *pixels.shape[1:]))  # one shape, one compilation
     return self.run(self.params, padded)
 
@@ -240,6 +256,8 @@ def _stored(row, moments, has_image):
 
 def _report(path, manifest):
   """Says what is there now, and what is not."""
+  if not hosts.is_main():
+    return
   size = sum(shard['bytes'] for shard in manifest.shards)
   logging.info(
     '%d images of %d classes in %d shards, %.1f MB: %s', manifest.count, manifest.num_classes,

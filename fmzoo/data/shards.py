@@ -4,7 +4,9 @@
 in any order, by any number of processes, and what was finished before a kill stays finished.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -19,6 +21,7 @@ from array_record.python import array_record_module
 from fmzoo import paths
 from fmzoo.data import latents
 
+RESULTS = ('count', 'shards', 'unreadable')  # fields of a manifest that are known at its end
 REMEDY = 'write the latents to a folder of this machine or a mounted one, and copy it there'
 
 
@@ -59,8 +62,8 @@ def write_latents(path, rows, *, rows_per_shard=65536, **settings):
 
 
 def empty_manifest(
-  *, latent_shape, num_classes, vae, vae_hash, scale, crop, dtype='float16', classes=(),
-  mirrored=False, encoder='', feature_shape=(), image_shape=(),
+  *, latent_shape, num_classes, vae, vae_hash, scale, crop, vae_dtype='', dtype='float16',
+  classes=(), mirrored=False, encoder='', feature_shape=(), image_shape=(), source='',
 ):
   """Returns the Manifest of a folder without rows; arguments are its fields.
 
@@ -70,18 +73,25 @@ def empty_manifest(
   manifest = latents.Manifest(
     version=latents.VERSION, count=0, shards=[], latent_shape=list(latent_shape), layout='HWC',
     dtype=dtype, mirrored=mirrored, num_classes=num_classes, classes=list(classes), vae=vae,
-    vae_hash=vae_hash, scale=scale, crop=crop, encoder=encoder,
-    feature_shape=list(feature_shape), image_shape=list(image_shape), unreadable=[],
+    vae_hash=vae_hash, vae_dtype=vae_dtype, scale=scale, crop=crop, encoder=encoder,
+    feature_shape=list(feature_shape), image_shape=list(image_shape), source=source,
+    unreadable=[],
   )
   latents.check(manifest)
   return manifest
 
 
 def expect_unwritten(path):
-  """Refuses a folder that holds latents already, and an address, where none can be written."""
+  """Refuses a folder that holds latents already or their beginnings, and an address."""
   paths.expect_local('data.path', path, REMEDY)
-  if (pathlib.Path(path) / 'manifest.json').exists():
+  path = pathlib.Path(path)
+  if (path / 'manifest.json').exists():
     raise ValueError(f'{path} holds latents already; choose another folder or remove them first')
+  if found := [*path.glob(latents.PARTIAL), *path.glob('latents-*.array_record')]:
+    raise ValueError(
+      f'{path} holds the beginnings of other latents ({found[0].name}); choose another folder or'
+      ' remove them first'
+    )
 
 
 def shard_name(index, count):
@@ -89,51 +99,82 @@ def shard_name(index, count):
   return f'latents-{index:05d}-of-{count:05d}.array_record'
 
 
+@contextlib.contextmanager
+def locked(path, process_index):
+  """Keeps others away from a host's share of a `Job`, where the file system can.
+
+  Raises:
+    ValueError: if another process is at work there.
+  """
+  partial = pathlib.Path(path) / latents.PARTIAL
+  partial.mkdir(parents=True, exist_ok=True)
+  with open(partial / f'lock-{process_index}', 'w', encoding='ascii') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f'{path}: another `prepare` is at work there; wait for its end or choose another folder'
+      ) from error
+    yield
+
+
 class Job:
   """A folder of latents in the making: `count` rows in shards of equal size, none twice.
 
   `partial/` in it holds the plan and an entry for every shard that is finished; `finish` turns them
-  into the manifest. A job of another plan is refused there.
+  into the manifest. A job of another plan is refused there; one that is finished has nothing left.
 
   Args:
     path: folder; made if missing.
-    manifest: as `empty_manifest` returns it.
-    source: what identifies the rows, such as a checksum of their names.
+    manifest: as `empty_manifest` returns it, with its `source`.
     count: rows of the source.
     rows_per_shard: of every shard but the last; fewer where rows turn out unreadable.
 
   Raises:
-    ValueError: if there are latents already, or the beginnings of others.
+    ValueError: if there are other latents already, or the beginnings of others.
   """
 
-  def __init__(self, path, manifest, *, source, count, rows_per_shard):
+  def __init__(self, path, manifest, *, count, rows_per_shard):
+    paths.expect_local('data.path', path, REMEDY)
     self.path, self.manifest = pathlib.Path(path), manifest
     self.count, self.rows_per_shard = count, rows_per_shard
     self.shards = -(-count // rows_per_shard)
     self.partial = self.path / latents.PARTIAL
-    expect_unwritten(path)
-    plan = {
-      **dataclasses.asdict(manifest), 'source': source, 'rows': count,
-      'rows_per_shard': rows_per_shard,
-    }
-    self.partial.mkdir(parents=True, exist_ok=True)
-    self._check_plan(plan)
-
-  def _check_plan(self, plan):
-    """Writes the plan, or compares it with the one that is there."""
-    file = self.partial / 'plan.json'
-    if not file.exists():
-      _write_json(file, plan)
-    found = _read_json(file)
-    for key in sorted(plan.keys() | found.keys()):
-      if plan.get(key) != found.get(key):
+    self.is_finished = (self.path / 'manifest.json').exists()
+    if self.is_finished:
+      self._expect_same('other latents', dataclasses.asdict(latents.read_manifest(path)))
+      return
+    if not (self.partial / 'plan.json').exists():
+      if found := [*self.path.glob('latents-*.array_record')]:
         raise ValueError(
-          f'{self.path} holds the beginnings of other latents: {key} was {found.get(key)!r} and is'
-          f' now {plan.get(key)!r}; go on with what it was, remove the folder or choose another'
+          f'{path} holds {found[0].name} and no manifest.json; choose another folder or remove'
+          ' such files first'
+        )
+      self.partial.mkdir(parents=True, exist_ok=True)
+      _write_json(self.partial / 'plan.json', self._plan())
+    self._expect_same('the beginnings of other latents', _read_json(self.partial / 'plan.json'))
+
+  def _plan(self):
+    """Returns what a job must share with the one that it goes on with."""
+    plan = dataclasses.asdict(self.manifest) | {
+      'rows': self.count, 'rows_per_shard': self.rows_per_shard
+    }
+    return {key: value for key, value in plan.items() if key not in RESULTS}
+
+  def _expect_same(self, what, found):
+    """Compares the plan with what is in the folder; a manifest does not know all of it."""
+    plan = self._plan()
+    for key in sorted(plan.keys() & found.keys()):
+      if plan[key] != found[key]:
+        raise ValueError(
+          f'{self.path} holds {what}: {key} was {found[key]!r} and is now {plan[key]!r}; go on with'
+          ' what it was, remove the folder or choose another'
         )
 
   def left(self, process_index=0, process_count=1):
     """Returns the shards that this process has still to write."""
+    if self.is_finished:
+      return []
     mine = range(process_index, self.shards, process_count)
     return [shard for shard in mine if not self._is_done(shard)]
 
@@ -171,6 +212,9 @@ class Job:
     Raises:
       ValueError: if a shard is missing, or there is no row in any.
     """
+    if self.is_finished:
+      shutil.rmtree(self.partial, ignore_errors=True)
+      return latents.read_manifest(self.path)
     if missing := self.left():
       raise ValueError(
         f'{self.path}: shards {missing[:8]} are not written; run `prepare` again, with all hosts on'
@@ -189,6 +233,8 @@ class Job:
 
   def done(self):
     """Returns how many rows of the source are in finished shards, those left out included."""
+    if self.is_finished:
+      return self.count
     return sum(len(self.rows(shard)) for shard in range(self.shards) if self._is_done(shard))
 
   def _entry(self, shard):
@@ -248,16 +294,19 @@ def _stored(value, what, field):
 
 def _write_shard(file, records):
   """Writes records to a file and returns its entry for the manifest; no records, no file."""
-  # Groups of 1 for random access; moments are noise to a compressor.
-  writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
   count, first = 0, ''
+  with _writing(file):  # groups of 1 for random access; moments are noise to a compressor
+    writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
   try:
     for record in records:
       first = first or hashlib.sha256(record).hexdigest()
-      writer.write(record)
+      with _writing(file):
+        writer.write(record)
       count += 1
   finally:
-    writer.close()
+    with _writing(file):
+      writer.close()
+  _sync(file)
   if not count:
     file.unlink()
     return {'name': str(file), 'count': 0}
@@ -265,6 +314,25 @@ def _write_shard(file, records):
     'name': str(file), 'count': count, 'bytes': file.stat().st_size,
     'sha256': latents.sha256(file), 'first': first,
   }
+
+
+@contextlib.contextmanager
+def _writing(file):
+  """Turns what array_record raises into one line, and leaves no half a file on a full disk."""
+  try:
+    yield
+  except RuntimeError as error:
+    file.unlink(missing_ok=True)
+    raise ValueError(
+      f'{file} cannot be written ({" ".join(str(error).split())[:200]}); make room or choose'
+      ' another folder'
+    ) from error
+
+
+def _sync(file):
+  """Has a file's bytes on disk before anything is said of them, lest a lost machine loses them."""
+  with open(file, 'rb') as content:
+    os.fsync(content.fileno())
 
 
 def _write_manifest(path, manifest, entries):
@@ -280,6 +348,7 @@ def _write_json(file, values):
   """Writes a file as a whole or not at all."""
   temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
   temporary.write_text(json.dumps(values, indent=2))
+  _sync(temporary)
   os.replace(temporary, file)
 
 

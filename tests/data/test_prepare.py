@@ -1,10 +1,12 @@
 """Pictures become the moments that the VAE gives, and a stop at any place leaves no trace."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from PIL import Image
 from fmzoo import inputs, main
 from fmzoo.convert import vae as official
 from fmzoo.convert import weights
-from fmzoo.data import images, latents, prepare
+from fmzoo.data import images, latents, prepare, shards
 from fmzoo.models import vae
 from tests import tiny
 
@@ -127,70 +129,88 @@ def test_half_precision_moments_are_the_same_rounded(folder, whole, tmp_path):
   np.testing.assert_array_equal(rounded, exact.astype(np.float16))
 
 
-@pytest.mark.parametrize('stops', [(2,), (5, 6, 1), (9, 3, 8, 2)])
+READING = (images.ImageFolder, '__getitem__')  # of a picture
+PLACES = (  # where a stop may fall, and after how many calls
+  (READING, 2), (READING, 9), ((prepare.Encoder, '__call__'), 2), ((shards.os, 'replace'), 1),
+  ((shards.os, 'replace'), 2), ((shards.os, 'replace'), 7), ((shards.latents, 'sha256'), 3),
+  ((shards.shutil, 'rmtree'), 0),
+)
+
+
+@pytest.mark.parametrize('stops', [PLACES[:1], PLACES[1:4], PLACES[4:], PLACES[::-1], PLACES[::3]])
 def test_a_job_that_was_stopped_goes_on_to_the_same_bytes(folder, whole, tmp_path, stops):
-  """Reading breaks off after some pictures, again and again."""
+  """It breaks off while it reads, encodes, renames and tidies up, again and again."""
   for stop in stops:
     with pytest.MonkeyPatch.context() as monkeypatch:
-      break_off(monkeypatch, after=stop)
-      with pytest.raises(KeyboardInterrupt):
+      break_off(monkeypatch, *stop)
+      with contextlib.suppress(KeyboardInterrupt):  # a later place may not come any more
         run(folder, tmp_path, data__num_threads=0)
   run(folder, tmp_path)
   assert contents(tmp_path) == contents(whole)
 
 
-def break_off(monkeypatch, after):
-  """Has the source raise in place of its row number `after`."""
-  read, left = images.ImageFolder.__getitem__, [after]
+def break_off(monkeypatch, place, after):
+  """Has a function raise in place of its call number `after`."""
+  function, left = getattr(*place), [after]
 
-  def reading(source, index):
+  def breaking(*args, **options):
     left[0] -= 1
     if left[0] < 0:
       raise KeyboardInterrupt
-    return read(source, index)
+    return function(*args, **options)
 
-  monkeypatch.setattr(images.ImageFolder, '__getitem__', reading)
+  monkeypatch.setattr(*place, breaking)
 
 
 SCRIPT = '''
 import sys, time
+import jax
 from fmzoo import main
 from fmzoo.data import images
 from fmzoo.models import vae
 from tests import tiny
 vae.SD_VAE, read = tiny.VAE, images.ImageFolder.__getitem__
 images.ImageFolder.__getitem__ = lambda *args: (time.sleep(0.05), read(*args))[1]
-flags, paths = sys.argv[1].split(), sys.argv[2:]
+flags, host, *paths = sys.argv[1:]
+if host:
+  address, process = host.split('/')
+  jax.distributed.initialize(address, 2, int(process), initialization_timeout=60)
 for path in paths:
-  main.run(['fmzoo', 'prepare', *flags, f'--config.data.path={path}'])
+  main.run(['fmzoo', 'prepare', *flags.split(), f'--config.data.path={path}'])
 '''
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes(folder, tmp_path):
-  """The command itself, killed once a shard is there; the same command finishes."""
+  """The command itself, killed once a shard is there; two hosts with the same command finish."""
   flags = (
     f'--config=configs/sit.py:s --config.data.latent_size={SIDE // 2} --from={folder}/pictures'
     f' --config.data.num_classes={CLASSES} --config.data.vae={folder}/vae.safetensors'
     ' --config.data.num_threads=0 --shard_rows=4'
   )
-  command = [sys.executable, '-c', SCRIPT, flags, str(tmp_path / 'killed')]
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   settings = {
     'cwd': ROOT, 'env': os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
     'stderr': subprocess.PIPE, 'text': True,
   }
-  with subprocess.Popen(command, **settings) as process:
+  command = [sys.executable, '-c', SCRIPT, flags]
+  with subprocess.Popen([*command, '', whole, killed], **settings) as process:
     until = time.time() + 120
-    while not list(tmp_path.glob('killed/partial/*.json'))[1:] and time.time() < until:
+    while not list(killed.glob('partial/0*.json')) and time.time() < until:
       time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
   assert process.returncode == -signal.SIGKILL
-  assert not (tmp_path / 'killed' / 'manifest.json').exists()
-  command.append(str(tmp_path / 'whole'))
-  finished = subprocess.run(command, timeout=120, check=False, **settings)
-  assert finished.returncode == 0, finished.stderr
-  told = re.search(r'(\d+) of 21 images are in finished shards, it goes on', finished.stderr)
-  assert told and 4 <= int(told[1]) < COUNT
-  assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
+  assert not (killed / 'manifest.json').exists()
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  finishing = [
+    subprocess.Popen([*command, f'localhost:{port}/{host}', killed], **settings) for host in '01'
+  ]
+  told = [process.communicate(timeout=120)[1] for process in finishing]
+  assert [process.returncode for process in finishing] == [0, 0], told
+  done = re.search(r'(\d+) of 21 images are in finished shards, it goes on', told[0])
+  assert done and 4 <= int(done[1]) < COUNT
+  assert contents(killed) == contents(whole)
 
 
 def test_unreadable_pictures_are_named_and_left_out(folder, whole, tmp_path, caplog):
@@ -243,9 +263,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path
   assert not (tmp_path / 'latents').exists()
 
 
+def test_a_finished_job_is_left_as_it_is(folder, whole):
+  before = contents(whole)
+  assert run(folder, whole) == latents.read_manifest(whole)
+  assert contents(whole) == before
+
+
 def test_another_vae_does_not_go_on_with_the_job(folder, tmp_path):
   with pytest.MonkeyPatch.context() as monkeypatch:
-    break_off(monkeypatch, after=6)
+    break_off(monkeypatch, READING, after=6)
     with pytest.raises(KeyboardInterrupt):
       run(folder, tmp_path, data__num_threads=0)
   other = official.to_official(tiny.random_vae(seed=1), tiny.VAE)

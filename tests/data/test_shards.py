@@ -7,7 +7,8 @@ from fmzoo.data import latents, shards
 
 SETTINGS = {
   'latent_shape': (4, 4, 2), 'num_classes': 5, 'vae': 'toy-vae', 'vae_hash': 'abc',
-  'scale': 0.18215, 'crop': 'centre 32', 'dtype': 'float32', 'classes': tuple('abcde'),
+  'vae_dtype': 'float32', 'scale': 0.18215, 'crop': 'centre 32', 'dtype': 'float32',
+  'classes': tuple('abcde'), 'source': 'toy',
 }
 COUNT, BAD = 11, (4, 9)  # rows of the source, and those that cannot be read
 
@@ -20,7 +21,7 @@ def row(index):
 
 def job(path, **changes):
   """Returns the job of eleven rows in three shards."""
-  options = {'source': 'toy', 'count': COUNT, 'rows_per_shard': 4}
+  options = {'count': COUNT, 'rows_per_shard': 4}
   manifest = shards.empty_manifest(**{k: changes.pop(k, v) for k, v in SETTINGS.items()})
   return shards.Job(path, manifest, **options | changes)
 
@@ -132,6 +133,7 @@ def test_a_shard_without_readable_rows_has_no_file(tmp_path):
   ({'source': 'other'}, "source was 'toy' and is now 'other'"),
   ({'count': 12}, 'rows was 11 and is now 12'),
   ({'vae_hash': 'def'}, "vae_hash was 'abc' and is now 'def'"),
+  ({'vae_dtype': 'bfloat16'}, "vae_dtype was 'float32' and is now 'bfloat16'"),
   ({'crop': 'none'}, "crop was 'centre 32' and is now 'none'"),
   ({'rows_per_shard': 5}, 'rows_per_shard was 4 and is now 5'),
 ])
@@ -143,11 +145,75 @@ def test_another_job_does_not_go_on_there(tmp_path, changes, words):
   assert contents(tmp_path / 'partial') == before
 
 
-def test_a_finished_folder_is_not_written_over(whole):
+def test_a_finished_job_has_nothing_left(tmp_path, whole):
+  """Also where it was killed before it had tidied up."""
   before = contents(whole)
-  with pytest.raises(ValueError, match='holds latents already'):
+  (whole / 'partial').mkdir()
+  (whole / 'partial' / 'plan.json').write_text('{}')
+  again = job(whole)
+  assert again.left() == [] and again.done() == COUNT
+  assert again.finish() == latents.read_manifest(whole)
+  assert contents(whole) == before
+
+
+def test_other_latents_are_not_written_over(whole):
+  before = contents(whole)
+  with pytest.raises(ValueError, match="holds other latents: source was 'toy' and is now 'other'"):
+    job(whole, source='other')
+  assert contents(whole) == before
+
+
+def test_shards_without_a_plan_are_left_alone(tmp_path, whole):
+  (whole / 'manifest.json').unlink()
+  before = contents(whole)
+  with pytest.raises(ValueError, match='latents-0000.* and no manifest.json; choose another'):
     job(whole)
   assert contents(whole) == before
+
+
+def test_rows_of_elsewhere_do_not_end_up_in_a_job(tmp_path):
+  write(job(tmp_path), [0])
+  before = contents(tmp_path / 'partial')
+  with pytest.raises(ValueError, match='holds the beginnings of other latents .partial.; choose'):
+    shards.write_latents(tmp_path, [row(0)], **SETTINGS)
+  assert contents(tmp_path / 'partial') == before
+
+
+def test_two_do_not_work_on_one_share(tmp_path):
+  refused = pytest.raises(ValueError, match='another `prepare` is at work there')
+  with shards.locked(tmp_path, 0), shards.locked(tmp_path, 1), refused, shards.locked(tmp_path, 1):
+    raise AssertionError
+  with shards.locked(tmp_path, 1):
+    assert list(tmp_path.glob('partial/lock-*'))
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on(tmp_path, whole, monkeypatch):
+  class Full:
+    """A writer that finds no room after two records."""
+
+    def __init__(self, *args):
+      self.writer, self.left = real(*args), 2
+      self.close = self.writer.close
+
+    def write(self, record):
+      self.left -= 1
+      if self.left < 0:
+        raise RuntimeError('write() failed:\n No space left on device')
+      self.writer.write(record)
+
+  real = shards.array_record_module.ArrayRecordWriter
+  first = job(tmp_path / 'full')
+  write(first, [0])
+  monkeypatch.setattr(shards.array_record_module, 'ArrayRecordWriter', Full)
+  with pytest.raises(ValueError, match='cannot be written .write.. failed: No space.*; make room'):
+    write(first, [1])
+  monkeypatch.undo()
+  assert not list((tmp_path / 'full' / 'partial').glob('*.tmp'))
+  again = job(tmp_path / 'full')
+  assert again.left() == [1, 2]
+  write(again, again.left())
+  again.finish()
+  assert contents(tmp_path / 'full') == contents(whole)
 
 
 def test_nothing_readable_is_no_data_set(tmp_path):
