@@ -260,7 +260,7 @@ def test_stopped_early_or_interrupted_is_told_by_the_exit_status(monkeypatch, ca
     monkeypatch.setattr(train, 'train', end)
     status, lines = call(monkeypatch, capsys, RECIPE, '--config.run.steps=3000')
     assert status == expected
-  assert lines == ['stopped by Ctrl-C; a run goes on from its last checkpoint']
+  assert lines == ['stopped by Ctrl-C; the same command goes on']
 
 
 def test_stored_config_is_read_back(finished, monkeypatch):

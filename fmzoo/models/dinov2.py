@@ -39,7 +39,7 @@ class Config:
   mlp_ratio: float  # hidden width of the MLP over D
   grid: tuple  # (rows, columns) of patches in an image and in the position table
   # Of the large matrix products: 'float32' or 'bfloat16'. The latter moves patch features of the
-  # ViT-B/14 of tests/golden by 0.6 % of their rms, the one that moves most by 3.2 %.
+  # ViT-B/14 of tests/golden by 0.6 % of their rms, the one that moves most by 3 %.
   dtype: str
   precision: str  # of float32 products: 'default', 'high' (TF32 / three bfloat16 passes), 'highest'
 
