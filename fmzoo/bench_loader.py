@@ -49,9 +49,9 @@ def bench(recipe):
   for workers in WORKERS:
     is_cold = forget(files)
     first, cold, count = rate(recipe, rows, workers, most=epoch if is_cold else None)
-    # Buffers fill, and of what was read there must be batches left to time.
-    settled = min(SETTLED, count // 2 - 1)
-    _, warm, _ = rate(recipe, rows, workers, most=count, settled=settled)
+    settled = min(SETTLED, count // 2 - 1)  # of what was read, some must be left to time
+    most = count if is_cold else None  # what comes after it is still cold
+    _, warm, _ = rate(recipe, rows, workers, most, settled)
     print(
       f'| {workers} | {first:.2f} | {f"{cold:.0f}" if is_cold else ""} | {warm:.0f} |'
       f' {warm * size / 1e6:.3g} |'
