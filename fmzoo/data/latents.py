@@ -375,7 +375,7 @@ def _check_rows(path, file, shard):
 
 
 def _unreadable(error, damaged, is_remote):
-  """Returns what an error of reading says of a shard, and what helps; `damaged` if its bytes do."""
+  """Returns words for an error of reading a shard, and a remedy; `damaged` is for wrong bytes."""
   reason = _one_line(error)
   if reason.startswith(CORRUPTED):
     return f'{damaged} ({reason}); copy or write it again'
