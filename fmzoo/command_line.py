@@ -27,6 +27,7 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('against', 'precision'): 'compare samplers or policies of rounding',
   ('against', 'loader'): 'compare samplers or read data',
   ('precision', 'loader'): 'look at rounding or at reading',
+  ('runs', 'loader'): 'reading is timed by the clock, not in runs',
 }
 PATHS = ('workdir', 'samples', 'weights', 'export', 'from')  # flags that name a file or folder
 USAGE = """\

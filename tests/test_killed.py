@@ -26,8 +26,8 @@ def test_killed_process_goes_on_exactly(tmp_path):
     '--config.log.log_every_steps=1', '--config.log.preview_every_steps=0',
     '--config.log.checkpoint_every_steps=5', '--config.eval.name=none',
   ]
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  environment['XLA_FLAGS'] += ' --xla_cpu_multi_thread_eigen=false'
+  flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags.strip()}
 
   def start(workdir):
     return subprocess.Popen(

@@ -55,6 +55,7 @@ def run(root, code):
 
 OPEN = """
 import json, pickle
+import numpy as np
 from fmzoo.data import latents
 """
 REFUSED = OPEN + """
@@ -80,7 +81,7 @@ print(json.dumps([{name: part.tolist() for name, part in row.items()} for row in
 """)
   source = latents.LatentSource(folder)
   for indices, row in zip(([9, 0, 4], [7]), found):
-    expected = source.batch(indices)
+    expected = source.batch(np.array(indices))
     assert row.keys() == expected.keys()
     for name, values in expected.items():
       np.testing.assert_array_equal(np.array(row[name], values.dtype), values)
@@ -108,7 +109,7 @@ def test_what_is_wrong_with_latents_in_a_bucket_is_one_line(tmp_path):
     'gs://bucket/whole': 'opened',
     'gs://bucket/no_manifest': 'holds no manifest.json; expected latents',
     'gs://nobody/whole': 'holds no manifest.json',
-    'gs://bucket/no_shard': f'shard {SHARD} has no readable end',
+    'gs://bucket/no_shard': f'shard {SHARD} cannot be read (Permanent error',
     'gs://bucket/cut_short': f'shard {SHARD} has no readable end',
     'gs://bucket/another_run': f'shard {SHARD} begins with another record',
     'gs://closed/whole': 'cannot be read (PERMISSION_DENIED',
@@ -119,6 +120,8 @@ def test_what_is_wrong_with_latents_in_a_bucket_is_one_line(tmp_path):
   for path, words in expected.items():
     assert words in lines[path] and '\n' not in lines[path], lines[path]
     assert path in lines[path] or words == 'opened'
+  assert lines['gs://bucket/no_shard'].endswith('; check the network and the credentials')
+  assert lines['gs://bucket/cut_short'].endswith('; copy or write it again')
 
 
 def test_a_bucket_that_does_not_answer_is_given_up(tmp_path):
@@ -255,5 +258,7 @@ def test_latents_behind_a_link_are_written_and_read(linked, tmp_path):
   write(tmp_path / 'plain')
   latents.verify(linked / 'latents')
   for folder in (linked / 'latents', linked.resolve() / 'latents'):
-    rows = [latents.LatentSource(path).batch(range(10)) for path in (folder, tmp_path / 'plain')]
+    rows = [
+      latents.LatentSource(path).batch(np.arange(10)) for path in (folder, tmp_path / 'plain')
+    ]
     jax.tree.map(np.testing.assert_array_equal, *rows)

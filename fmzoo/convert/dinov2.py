@@ -31,7 +31,6 @@ NORM = {'hub': 'norm', 'hf': 'layernorm'}
 
 PREFIXES = ('dinov2.', 'backbone.')  # of the network inside a larger one, whose other parts stay
 CHUNKED = re.compile(r'^blocks\.\d+\.(\d+)\.')  # the last number counts through all chunks
-MOST_ODD = 8  # keys that a message lists one by one
 FILES = (  # where they are from
   'use model.safetensors of facebook/dinov2-small, -base or -large, or a file'
   ' dinov2_vit[sbl]14_pretrain.pth'
@@ -206,7 +205,7 @@ def _build(tensors, config):
   known = entries(config, _layout(tensors))
   official = {entry.official for entry in known}
   missing, others = sorted(official - tensors.keys()), sorted(tensors.keys() - official)
-  if len(missing) + len(others) > MOST_ODD:  # another network; to name all keys would fill screens
+  if len(missing) + len(others) > names.MAX_KEYS:  # another network; its keys would fill screens
     raise names.Misfit(
       f'holds {len(official) - len(missing)} of the {len(official)} tensors of a DINOv2 of width'
       f' {config.width}, without {missing[:1]}, and {len(others)} others, such as {others[:1]};'

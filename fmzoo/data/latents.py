@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
@@ -24,6 +25,9 @@ VERSION = 3
 DTYPES = {'float16': np.dtype('<f2'), 'float32': np.dtype('<f4')}
 # Bits of a number as an integer without its sign, and the lowest such integer that is not finite.
 BITS = {'float16': ('<u2', 0x7FFF, 0x7C00), 'float32': ('<u4', 0x7FFFFFFF, 0x7F800000)}
+# How array_record's words begin where bytes are not those that were written. All else, such as too
+# many open files or a bucket that refuses, says nothing about the file.
+CORRUPTED = ('Corrupted', 'Invalid', 'Failed to parse', 'ArrayRecord file should be')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class LatentSource:
     self.encoder = manifest.encoder if with_feature else ''
     self.feature_shape = tuple(manifest.feature_shape) if with_feature else ()
     self.image_shape = tuple(manifest.image_shape) if with_image else ()
+    self._is_remote = paths.is_bucket(path)
     self._record = record_dtype(manifest)
     self._fields = self._wanted_fields()
     self._first_rows = np.cumsum([0, *(shard['count'] for shard in manifest.shards)])
@@ -122,7 +127,7 @@ class LatentSource:
     """Returns the rows of an array of indices [B], each in 0 .. len - 1, as {name: [B, ...]}.
 
     Raises:
-      ValueError: names the shard and the record that is damaged or holds what is no number.
+      ValueError: names the shard and the record that cannot be read or holds what is no number.
     """
     count = len(indices)
     flat = {  # a row of each is filled at once, by one copy
@@ -147,10 +152,8 @@ class LatentSource:
     try:
       record = self._records[index]
     except RuntimeError as error:
-      raise ValueError(
-        f'{self._place(index)} is damaged ({str(error).splitlines()[0]}); copy that shard or write'
-        ' it again'
-      ) from error
+      words = _unreadable(error, 'is damaged', self._is_remote)
+      raise ValueError(f'{self._place(index)} {words}') from error
     if len(record) != self._record.itemsize:
       raise ValueError(
         f'{self._place(index)} has {len(record)} bytes, manifest.json says'
@@ -203,9 +206,11 @@ def read_manifest(path):
     check(manifest)
     if sum(shard['count'] for shard in manifest.shards) != manifest.count:
       raise ValueError(f'count {manifest.count}, but its shards have another sum')
-  except (ValueError, KeyError, TypeError) as error:
+    if not manifest.count:
+      raise ValueError('count 0, expected at least one row')
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
-      f'data.path={path}: manifest.json cannot be used: {error}; write the latents again'
+      f'data.path={path}: manifest.json cannot be used: {_one_line(error)}; write the latents again'
     ) from error
   return manifest
 
@@ -227,22 +232,82 @@ def _manifest_text(path):
 PARTIAL = 'partial'  # folder of a manifest's beginnings, see data/shards.py
 
 
+def _is_list(value, is_item):
+  """Says whether a value is a list of such items."""
+  return isinstance(value, list) and all(map(is_item, value))
+
+
+def _is_text(value):
+  """Says whether a value is a string."""
+  return isinstance(value, str)
+
+
+def _is_count(value):
+  """Says whether a value is an integer above 0; True is none."""
+  return type(value) is int and value > 0
+
+
+def _is_file_name(value):
+  """Says whether a value names a file of the folder; with a slash it could be one elsewhere."""
+  plain = _is_text(value) and value == os.path.basename(value) and value.isprintable()
+  return plain and value not in ('', '.', '..')
+
+
+# A manifest may be of any hand. Kinds of values: (words, test, names of such fields).
+SHARD_KINDS = (
+  ('a file name without a folder', _is_file_name, ('name',)),
+  ('a positive integer', _is_count, ('count', 'bytes')),
+  ('64 hexadecimal digits', lambda value: _is_text(value) and re.fullmatch('[0-9a-f]{64}', value),
+   ('sha256', 'first')),
+)
+KINDS = (
+  ('a positive integer', _is_count, ('version', 'num_classes')),
+  ('an integer, 0 or more', lambda value: value == 0 and type(value) is int or _is_count(value),
+   ('count',)),
+  ('a list of positive integers', lambda value: _is_list(value, _is_count),
+   ('latent_shape', 'feature_shape', 'image_shape')),
+  ('a string', _is_text, ('layout', 'dtype', 'vae', 'vae_hash', 'crop', 'encoder')),
+  ('a list of strings', lambda value: _is_list(value, _is_text), ('classes', 'unreadable')),
+  ('true or false', lambda value: isinstance(value, bool), ('mirrored',)),
+  ('a finite number above 0',
+   lambda value: type(value) in (int, float) and 0 < value < math.inf, ('scale',)),
+  ('a list of shards, objects', lambda value: _is_list(value, lambda item: isinstance(item, dict)),
+   ('shards',)),
+)
+
+
+def _check_kinds(values, kinds, where):
+  """Refuses {name: value} with other names than those of `kinds`, or values of another kind."""
+  expected = [name for _, _, names in kinds for name in names]
+  if values.keys() != set(expected):
+    raise ValueError(
+      f'{where}has {", ".join(sorted(values)) or "nothing"}; expected {", ".join(expected)}'
+    )
+  for words, fits, names in kinds:
+    for name in names:
+      if not fits(values[name]):
+        raise ValueError(f'{where}{name} {repr(values[name])[:100]}, expected {words}')
+
+
 def check(manifest):
-  """Refuses a Manifest whose fields do not fit each other.
+  """Refuses a Manifest with fields of another kind, or which do not fit each other.
 
   Raises:
     ValueError: names the field and what is expected.
   """
+  _check_kinds(vars(manifest), KINDS, '')
+  for index, shard in enumerate(manifest.shards):
+    _check_kinds(shard, SHARD_KINDS, f'shard {index}: ')
   if manifest.layout != 'HWC' or manifest.dtype not in DTYPES:
     raise ValueError(
-      f"layout '{manifest.layout}', dtype '{manifest.dtype}'; expected HWC,"
+      f'layout {manifest.layout!r}, dtype {manifest.dtype!r}; expected HWC,'
       f' {" or ".join(DTYPES)}'
     )
   if len(manifest.latent_shape) != 3:
     raise ValueError(f'latent_shape {manifest.latent_shape}, expected [H, W, C]')
   if bool(manifest.encoder) != bool(manifest.feature_shape):
     raise ValueError(
-      f"encoder='{manifest.encoder}', feature_shape={manifest.feature_shape}: expected both or"
+      f'encoder={manifest.encoder!r}, feature_shape={manifest.feature_shape}: expected both or'
       ' neither'
     )
   if len(manifest.feature_shape) not in (0, 2):
@@ -253,6 +318,7 @@ def check(manifest):
     raise ValueError(
       f'{len(manifest.classes)} names in classes, expected num_classes={manifest.num_classes}'
     )
+  record_dtype(manifest)  # which numpy refuses where a record would be larger than it can be
 
 
 def verify(path):
@@ -293,20 +359,40 @@ def _check_rows(path, file, shard):
   """Opens a shard and compares its number of rows and the first of them with the manifest."""
   try:
     reader = array_record_module.ArrayRecordReader(str(file))
-    found = f'{reader.num_records()} rows'
+    found = reader.num_records()  # 0 if it cannot be read, which `read` says
     first = hashlib.sha256(reader.read([0])[0]).hexdigest()
     reader.close()
   except RuntimeError as error:
-    found, first = f'no readable end ({" ".join(str(error).split())[:200]})', None
+    words = _unreadable(error, 'has no readable end or first record', paths.is_bucket(path))
+    raise ValueError(f'data.path={path}: shard {shard["name"]} {words}') from error
   problem = None
-  if found != f'{shard["count"]} rows':
-    problem = f'has {found}, manifest.json says {shard["count"]} rows'
+  if found != shard['count']:
+    problem = f'has {found} rows, manifest.json says {shard["count"]} rows'
   elif first != shard['first']:
     problem = 'begins with another record than manifest.json says, so it is of another run'
   if problem:
     raise ValueError(
       f'data.path={path}: shard {shard["name"]} {problem}; copy or write it again'
     )
+
+
+def _unreadable(error, damaged, is_remote):
+  """Returns words for an error of reading a shard, and a remedy; `damaged` is for wrong bytes."""
+  reason = _one_line(error)
+  if reason.startswith(CORRUPTED):
+    return f'{damaged} ({reason}); copy or write it again'
+  if 'Too many open files' in reason:
+    remedy = 'a file of every shard stays open: raise the limit, see `ulimit -n`'
+  elif is_remote:
+    remedy = 'check the network and the credentials'
+  else:
+    remedy = 'check its permissions and the disk'
+  return f'cannot be read ({reason}); {remedy}'
+
+
+def _one_line(error):
+  """Returns the words of an error, without line breaks and not endless."""
+  return ' '.join(str(error).split())[:300]
 
 
 def sha256(file):

@@ -1,9 +1,13 @@
 """Latents survive the round trip, and a folder that is not what it says is refused in one line."""
 
+import contextlib
+import dataclasses
 import json
+import os
 import pathlib
 import pickle
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -308,7 +312,33 @@ def test_a_shard_with_other_rows_is_named(folder):
   ({'classes': ['a', 'b']}, '2 names in classes, expected num_classes=5'),
   ({'surprise': 1}, 'surprise'),
   ({'shards': [{}]}, 'count'),
-  ({'shards': 3}, 'int'),
+  ({'shards': 3}, 'shards 3, expected a list'),
+  ({'shards': [3]}, r'shards \[3\], expected a list'),
+  ({'shards': [], 'count': 0}, 'count 0, expected at least one row'),
+  ({'version': 3.0}, 'version 3.0, expected a positive integer'),
+  ({'count': 10.0}, 'count 10.0, expected an integer'),
+  ({'num_classes': 0}, 'num_classes 0, expected a positive integer'),
+  ({'num_classes': True}, 'num_classes True, expected a positive integer'),
+  ({'latent_shape': [4, 4, -2]}, r'latent_shape \[4, 4, -2\], expected a list of positive'),
+  ({'latent_shape': '4,4,2'}, "latent_shape '4,4,2', expected a list of positive"),
+  ({'latent_shape': [4, 4, 2**40]}, 'cannot be used'),
+  ({'image_shape': [6.0, 6, 3]}, r'image_shape \[6.0, 6, 3\], expected a list of positive'),
+  ({'dtype': ['float16']}, r"dtype \['float16'\], expected a string"),
+  ({'layout': 3}, 'layout 3, expected a string'),
+  ({'vae': None}, 'vae None, expected a string'),
+  ({'vae_hash': 1}, 'vae_hash 1, expected a string'),
+  ({'crop': []}, r'crop \[\], expected a string'),
+  ({'encoder': False}, 'encoder False, expected a string'),
+  ({'encoder': 'a\nb'}, r"encoder='a\\nb'"),
+  ({'a\nb': 1}, 'a b'),
+  ({'classes': 'abcde'}, "classes 'abcde', expected a list of strings"),
+  ({'unreadable': [1]}, r'unreadable \[1\], expected a list of strings'),
+  ({'mirrored': 1}, 'mirrored 1, expected true or false'),
+  ({'scale': 0}, 'scale 0, expected a finite number'),
+  ({'scale': True}, 'scale True, expected a finite number'),
+  ({'scale': float('inf')}, 'scale inf, expected a finite number'),
+  ({'scale': float('nan')}, 'scale nan, expected a finite number'),
+  ({'scale': '1'}, "scale '1', expected a finite number"),
 ])
 def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
   edit(folder, **changes)
@@ -317,7 +347,39 @@ def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
   refused(folder)
 
 
-@pytest.mark.parametrize('text', ['', '{"version": ', '[]', '{}', '{"version": 1}'])
+@pytest.mark.parametrize('changes,word', [
+  ({'name': '../latents-00001-of-00003.array_record'}, "name '../lat.*', expected a file name"),
+  ({'name': 'a/b'}, "name 'a/b', expected a file name without a folder"),
+  ({'name': '/etc/hosts'}, "name '/etc/hosts', expected"),
+  ({'name': '..'}, "name '..', expected"),
+  ({'name': ''}, "name '', expected"),
+  ({'name': 'a\nb'}, r"name 'a\\nb', expected"),
+  ({'name': 7}, 'name 7, expected'),
+  ({'count': -4}, 'count -4, expected a positive integer'),
+  ({'count': True}, 'count True, expected a positive integer'),
+  ({'bytes': 1.5}, 'bytes 1.5, expected a positive integer'),
+  ({'sha256': None}, 'sha256 None, expected 64 hex'),
+  ({'first': 'x' * 64}, "first 'xxx.*', expected 64 hex"),
+  ({'more': 1}, 'has bytes, count, first, more, name, sha256; expected name, count'),
+])
+def test_a_shard_entry_that_makes_no_sense_is_refused(folder, changes, word):
+  shards = json.loads((folder / 'manifest.json').read_text())['shards']
+  shards[1].update(changes)
+  edit(folder, shards=shards)
+  line = refused(folder)
+  assert 'manifest.json cannot be used: shard 1: ' in line and re.search(word, line), line
+  with pytest.raises(ValueError, match='cannot be used'):
+    latents.verify(folder)
+
+
+def test_every_field_of_a_manifest_has_a_kind():
+  fields = [field.name for field in dataclasses.fields(latents.Manifest)]
+  assert sorted(name for _, _, names in latents.KINDS for name in names) == sorted(fields)
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{"version": ', '[]', '{}', '{"version": 1}', pytest.param('[' * 10**5, id='deep')]
+)
 def test_a_torn_manifest_is_refused(folder, text):
   (folder / 'manifest.json').write_text(text)
   assert 'manifest.json cannot be used' in refused(folder)
@@ -355,6 +417,68 @@ def test_flipped_bytes_are_found_by_verify_and_by_reading(folder):
   with pytest.raises(ValueError, match=rf'record 1 of {file.name} \(row 5\) is damaged'):
     source.batch(np.array([4, 5]))
   source.batch(np.array([4, 6]))
+
+
+@contextlib.contextmanager
+def no_more_files():
+  """Opens nothing: the limit is what is open already."""
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with open(os.devnull) as lowest:  # every lower number is taken
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, limits[1]))
+    try:
+      yield
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_not_a_damaged_shard(folder):
+  source = latents.LatentSource(folder)
+  source.batch(np.array([9]))
+  shard = latents.read_manifest(folder).shards[0]
+  file = folder / shard['name']
+  for reading in (lambda: source.batch(np.array([0])),
+                  lambda: latents._check_rows(folder, file, shard)):
+    with no_more_files(), pytest.raises(ValueError) as error:
+      reading()
+    line = str(error.value)
+    assert f'data.path={folder}: ' in line and file.name in line and '\n' not in line
+    assert 'cannot be read (open() failed: Too many open files' in line and '`ulimit -n`' in line
+    assert not re.search('damaged|copy|write|no readable', line)
+
+
+@pytest.mark.parametrize('reason,is_remote,remedy', [
+  ('read() failed: Input/output error; at byte 7', False, 'check its permissions and the disk'),
+  ('open() failed: Permission denied', False, 'check its permissions and the disk'),
+  ('Permanent error,\nwith a last message of {"code": 403}', True,
+   'check the network and the credentials'),
+  ('Retry policy exhausted', True, 'check the network and the credentials'),
+])
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(
+  folder, monkeypatch, reason, is_remote, remedy
+):
+  class Failing:
+    def __getitem__(self, index):
+      raise RuntimeError(reason)
+
+  source = latents.LatentSource(folder)
+  monkeypatch.setattr(source, '_records', Failing())
+  monkeypatch.setattr(source, '_is_remote', is_remote)
+  with pytest.raises(ValueError) as error:
+    source.batch(np.array([5]))
+  line = str(error.value)
+  assert f'(row 5) cannot be read ({" ".join(reason.split())}); ' in line and line.endswith(remedy)
+
+
+@pytest.mark.parametrize('size', [1, 65540, 65600, 131071])
+def test_a_shard_cut_anywhere_is_called_damaged(folder, size):
+  """Also where the manifest was made to fit it; the library has other words for each place."""
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  file = folder / manifest['shards'][0]['name']
+  file.write_bytes(file.read_bytes()[:size])
+  manifest['shards'][0]['bytes'] = size
+  edit(folder, shards=manifest['shards'])
+  line = refused(folder)
+  assert f'{file.name} has no readable end' in line and 'copy or write it again' in line
 
 
 def test_latents_are_never_written_over(folder):
