@@ -4,18 +4,21 @@ What `open_source` returns holds to this, whatever the source:
 - `len(source)`, and `source[i]` -> {'label': int, and one or both of 'pixels' [size, size, 3] uint8
   (cropped) and 'moments' [h, w, 2 C] float32 (mean, then standard deviation, unscaled)}. An index
   outside raises IndexError; a row that cannot be read raises `Unreadable` (attributes `name`,
-  `reason`), and the others can still be read. Threads may share a source.
+  `reason`), and the others can still be read; where more than the row is at fault, the OSError is
+  raised, or ValueError. Threads may share a source.
 - `source.name_of(i)`: what row i is called, without any folder of this machine.
 - `source.classes`: names by label, () where unknown; `source.num_classes`: 0 where unknown.
+- `source.lowest_classes`: the fewest classes that its labels fit into, 1 + the highest; all of
+  `num_classes` where that is known. No label is below 0.
 - `source.crop`: how pictures were or are cut; `source.vae`: '' for pictures, for stored moments the
   name of the VAE that the official code made them with.
-- `source.has_pixels`, `source.has_moments`: which of the two every row has.
+- `source.has_moments`: whether every row has them.
 - `source.fingerprint()`: hex SHA-256 of what identifies the listing (names, sizes of files, labels)
   without the contents, the same wherever the source is copied to.
 """
 
+import array
 import hashlib
-import io
 import os
 import re
 
@@ -64,12 +67,12 @@ def open_source(spec, size, with_pixels):
     if source.size != size:
       raise ValueError(
         f'--from={spec} holds moments of pictures of {source.size} pixels, expected {size}; set'
-        ' the size to that or choose another file'
+        f' data.latent_size={source.size // official.DOWN} or choose another file'
       )
     if with_pixels:
       raise ValueError(
-        f'--from={spec} holds moments and no pixels, but pixels are asked for; choose the pictures'
-        ' it was made from, or leave out what needs pixels'
+        f"--from={spec} holds moments and no pixels, but the recipe's method aligns with features"
+        ' of pictures; use a method that does not, or the pictures it was made from as source'
       )
     return source
   if os.path.isfile(os.path.join(path, 'vae-sd', 'dataset.json')):
@@ -97,22 +100,25 @@ class ImageFolder:
   """
 
   vae = ''
-  has_pixels, has_moments = True, False
+  has_moments = False
 
   def __init__(self, path, size):
     self._path, self._size = os.fspath(path), size
     self.crop = f'ADM centre crop to {size}'
-    folders, pictures, others = picture_files.entries(self._path)
+    logging.info('listing pictures in %s', picture_files.printable(self._path))
+    folders, pictures, left = picture_files.entries(self._path)
     self._check(folders, pictures)
-    self._names, labels, left = list(pictures), [0] * len(pictures), list(others)
-    for label, folder in enumerate(folders):
-      names, others = self._below(folder)
-      self._names += names
-      labels += [label] * len(names)
-      left += others
-    self._labels = np.array(labels, np.int32)
+    self._root = picture_files.Root(self._path)
+    self._names, self._sizes = [name for name, _ in pictures], array.array('q')
+    self._sizes.extend(size for _, size in pictures)
+    counts = [len(pictures)] if pictures else []
+    for folder in folders:
+      before = len(self._names)
+      left += self._add_class(folder)
+      counts.append(len(self._names) - before)
+    self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     self.classes = tuple(picture_files.printable(folder) for folder in folders)
-    self.num_classes = max(len(folders), 1)
+    self.num_classes = self.lowest_classes = max(len(folders), 1)
     if left:
       logging.info(
         '--from=%s: left out %d files whose endings are not of pictures, such as %s',
@@ -124,8 +130,8 @@ class ImageFolder:
 
   def __getitem__(self, index):
     picture_files.check_index(index, len(self))
-    path = os.path.join(self._path, self._names[index])
-    pixels = picture_files.read_crop(path, self.name_of(index), self._size)
+    name = self.name_of(index)
+    pixels = picture_files.read_crop(self._root.read(self._names[index], name), name, self._size)
     return {'pixels': pixels, 'label': int(self._labels[index])}
 
   def name_of(self, index):
@@ -135,8 +141,7 @@ class ImageFolder:
   def fingerprint(self):
     """Returns hex SHA-256 over classes, and name, bytes and label of each picture."""
     digest = hashlib.sha256(repr(('pictures', self.classes)).encode())
-    for name, label in zip(self._names, self._labels):
-      size = picture_files.file_size(os.path.join(self._path, name))
+    for name, size, label in zip(self._names, self._sizes, self._labels):
       digest.update(b'%b\0%d %d\n' % (os.fsencode(name), size, label))
     return digest.hexdigest()
 
@@ -145,7 +150,7 @@ class ImageFolder:
     start = f'--from={self._path} holds'
     if folders and pictures:
       raise ValueError(
-        f'{start} both pictures ({picture_files.printable(pictures[0])}) and folders'
+        f'{start} both pictures ({picture_files.printable(pictures[0][0])}) and folders'
         f' ({picture_files.printable(folders[0])}); expected pictures of no class, or only folders,'
         ' one for each class'
       )
@@ -157,19 +162,18 @@ class ImageFolder:
         f' {os.path.join(self._path, folders[0])}'
       )
 
-  def _below(self, folder):
-    """Returns the pictures and the other files of a class, relative to the path."""
+  def _add_class(self, folder):
+    """Adds the pictures of a class; returns its other files, relative to the path."""
     found, others = picture_files.files_below(os.path.join(self._path, folder))
-    names, left = (
-      [os.path.join(folder, below, name) for below, files in listing for name in files]
-      for listing in (found, others)
-    )
-    if not names:
+    if not any(files for _, files in found):
       raise ValueError(
         f'--from={self._path}: class folder {picture_files.printable(folder)} holds no pictures'
         f' ({", ".join(picture_files.ENDINGS)}); fill or remove it'
       )
-    return names, left
+    for below, files in found:
+      self._names += [os.path.join(folder, below, name) for name, _ in files]
+      self._sizes.extend(size for _, size in files)
+    return [os.path.join(folder, below, name) for below, files in others for name in files]
 
 
 class TfdsImages:
@@ -190,16 +194,17 @@ class TfdsImages:
   """
 
   vae = ''
-  has_pixels, has_moments = True, False
+  has_moments = False
 
   def __init__(self, name, split, size):
-    self._split, self._size = split, size
+    self._name, self._split, self._size = name, split, size
     self.crop = f'ADM centre crop to {size}'
     self._builder = _builder(name)
     self._rows = _rows(self._builder, name, split)
     _check_shards(self._builder, name, split)
     label = self._builder.info.features['label']
     self.classes, self.num_classes = tuple(label.names), label.num_classes
+    self.lowest_classes = self.num_classes
 
   def __len__(self):
     return len(self._rows)
@@ -212,11 +217,16 @@ class TfdsImages:
     try:
       row = self._rows[index]
     except (RuntimeError, ValueError, KeyError, message.DecodeError) as error:
+      if isinstance(error, RuntimeError) and not _is_damage(error):
+        raise ValueError(
+          f'--from=tfds:{self._name}: {name} cannot be read: {_line(error)}; see that its files can'
+          ' be read and start again'
+        ) from error
       raise Unreadable(name, 'its record is damaged') from error
     label = int(row['label'])
     if not 0 <= label < self.num_classes:
       raise Unreadable(name, f'it has label {label}, expected 0 to {self.num_classes - 1}')
-    pixels = picture_files.read_crop(io.BytesIO(row['image']), name, self._size)
+    pixels = picture_files.read_crop(row['image'], name, self._size)
     return {'pixels': pixels, 'label': label}
 
   def name_of(self, index):
@@ -313,6 +323,12 @@ def _check_shards(builder, name, split):
         f'--from=tfds:{name}: {os.path.basename(part.filename)} has {found}, dataset_info.json says'
         f' {part.examples_in_shard} rows; copy or prepare it again'
       )
+
+
+def _is_damage(error):
+  """Returns whether a RuntimeError of ArrayRecord is about a record's bytes, not about the disk."""
+  problem = str(error).partition(';')[0]  # what follows is where, with paths
+  return bool(re.search('corrupt|truncated|decompress', problem, re.IGNORECASE))
 
 
 def _line(error):

@@ -4,13 +4,17 @@ Both hold [8, h, w] per picture, the mean and then the standard deviation of Sta
 unscaled; rows here are channels last and hold to what fmzoo/data/images.py describes.
 """
 
+import array
 import hashlib
 import json
 import os
 import pathlib
+import re
+import threading
 
 import h5py
 import numpy as np
+from absl import logging
 
 from fmzoo.data import picture_files
 
@@ -33,22 +37,24 @@ class SoflowHdf5:
   """
 
   classes, num_classes = (), 0
-  vae = 'sd-vae-ft-mse'
-  has_pixels, has_moments = False, True
+  vae = "sd-vae-ft-mse (assumed, as SoFlow's)"  # the file does not say
+  has_moments = True
 
   def __init__(self, path):
-    self._path = os.fspath(path)
-    self._latents = {}  # process -> the dataset; a handle must not cross a fork
+    self._path, self._lock, self._failure = os.fspath(path), threading.Lock(), None
     try:
-      with self._open() as file:
-        self._labels = _check_hdf5(file)
-        self._shape = file['latents'].shape
+      # A lock is not needed to read, and not every network folder offers one.
+      file = h5py.File(self._path, 'r', locking='best-effort')
+      self._labels = _check_hdf5(file)
+      self._latents = file['latents']  # keeps the file open
+      self._shape = self._latents.shape
     except (OSError, ValueError, KeyError, RuntimeError) as error:
       problem = ' '.join(str(error).split())
       raise ValueError(
         f'--from={path} cannot be used: {problem}; expected latents as SoFlow stores them, copy or'
         ' write it again'
       ) from error
+    self.lowest_classes = int(self._labels.max()) + 1
     self.size = DOWN * self._shape[-1]
     self.crop = f'ADM centre crop to {self.size}'
 
@@ -58,15 +64,28 @@ class SoflowHdf5:
   def __getitem__(self, index):
     picture_files.check_index(index, len(self))
     name = self.name_of(index)
-    try:
-      moments = self._dataset()[index]
-    except (OSError, RuntimeError) as error:
-      raise picture_files.Unreadable(name, 'its part of the file is damaged') from error
+    with self._lock:  # h5py lets one thread in at a time anyway
+      moments = self._read(index, name)
     moments = _channels_last(moments, self._shape[1:], name)
     return {'moments': moments, 'label': int(self._labels[index])}
 
-  def __getstate__(self):
-    return {**self.__dict__, '_latents': {}}
+  def _read(self, index, name):
+    """Returns a row as stored; after a failure of the disk none, as HDF5 would then give zeros."""
+    if self._failure:
+      raise self._failure
+    try:
+      return self._latents[index]
+    except OSError as error:
+      if error.errno:  # what h5py cannot decode has none
+        self._failure = error
+        raise
+      raise picture_files.Unreadable(name, 'its part of the file is damaged') from error
+    except RuntimeError as error:
+      problem = ' '.join(str(error).split())
+      raise ValueError(
+        f'--from={self._path}: {name} cannot be read: {problem}; see that the file can be read and'
+        ' start again'
+      ) from error
 
   def name_of(self, index):
     """Returns 'row 17'."""
@@ -78,17 +97,6 @@ class SoflowHdf5:
     digest = hashlib.sha256(f'SoFlow HDF5 {self._shape} {size}\n'.encode())
     digest.update(self._labels.tobytes())
     return digest.hexdigest()
-
-  def _open(self):
-    # A lock is not needed to read, and not every network folder offers one.
-    return h5py.File(self._path, 'r', locking='best-effort')
-
-  def _dataset(self):
-    """Returns the latents as opened by this process; h5py lets one thread in at a time."""
-    process = os.getpid()
-    if process not in self._latents:
-      self._latents[process] = self._open()['latents']
-    return self._latents[process]
 
 
 def _check_hdf5(file):
@@ -126,7 +134,8 @@ def _check_hdf5(file):
 class RepaFolder:
   """REPA's folder: `vae-sd/` with moments and labels, and `images/` with the pictures.
 
-  Both hold files at any depth, and after sorting file i of one belongs to file i of the other.
+  Both hold files at any depth, and after sorting file i of one belongs to file i of the other;
+  where both names end in digits, these must be the same number.
   Moments are .npy [8, size / 8, size / 8]; pictures have `size` x `size` pixels, in a file of
   Pillow's or in .npy [3, size, size] uint8. vae-sd/dataset.json is {"labels": [[name, label], ...]}
   with the names of the moments' files. It does not say how many classes there are.
@@ -137,16 +146,17 @@ class RepaFolder:
     with_pixels: False leaves `images/` alone, which may then be missing.
 
   Raises:
-    ValueError: one line, if a part is missing or damaged, or counts or names do not agree.
+    ValueError: one line, if a part is missing or damaged, or counts, names or numbers do not agree.
   """
 
   classes, num_classes = (), 0
-  vae = 'sd-vae-ft-ema'
+  vae = "sd-vae-ft-ema (assumed, as BFM's)"  # the folder does not say
   has_moments = True
 
   def __init__(self, path, size, with_pixels):
-    self._path, self._size, self.has_pixels = os.fspath(path), size, with_pixels
+    self._path, self._size = os.fspath(path), size
     self.crop = f'ADM centre crop to {size}'
+    self._roots, self._sizes = {}, {}  # by folder
     self._moments = self._files('vae-sd', ('.npy',))
     labels = _read_labels(pathlib.Path(path) / 'vae-sd' / 'dataset.json')
     without = [name for name in self._moments if name not in labels]
@@ -157,6 +167,7 @@ class RepaFolder:
         ' again'
       )
     self._labels = np.array([labels[name] for name in self._moments], np.int64)
+    self.lowest_classes = int(self._labels.max()) + 1
     self._pictures = []
     if with_pixels:
       self._pictures = self._files('images', (*picture_files.ENDINGS, '.npy'))
@@ -165,6 +176,7 @@ class RepaFolder:
           f'--from={path}: images/ holds {len(self._pictures)} pictures and vae-sd/'
           f' {len(self._moments)} .npy files, expected as many; write the missing ones again'
         )
+      self._check_numbers()
 
   def __len__(self):
     return len(self._moments)
@@ -172,12 +184,13 @@ class RepaFolder:
   def __getitem__(self, index):
     picture_files.check_index(index, len(self))
     name, side = self.name_of(index), self._size // DOWN
-    moments = picture_files.read_npy(self._file('vae-sd', self._moments[index]), name)
+    data = self._roots['vae-sd'].read(self._moments[index], name)
+    moments = picture_files.read_npy(data, name)
     row = {
       'moments': _channels_last(moments, (2 * CHANNELS, side, side), name),
       'label': int(self._labels[index]),
     }
-    if self.has_pixels:
+    if self._pictures:
       row['pixels'] = self._read_pixels(self._pictures[index])
     return row
 
@@ -189,43 +202,62 @@ class RepaFolder:
     """Returns hex SHA-256 over name and bytes of each file, and the labels."""
     digest = hashlib.sha256(b'REPA')
     for folder, names in (('vae-sd', self._moments), ('images', self._pictures)):
-      for name in names:
-        size = picture_files.file_size(self._file(folder, name))
+      for name, size in zip(names, self._sizes.get(folder, ())):
         digest.update(b'%b/%b\0%d\n' % (folder.encode(), os.fsencode(name), size))
     digest.update(self._labels.tobytes())
     return digest.hexdigest()
 
-  def _file(self, folder, name):
-    return os.path.join(self._path, folder, name)
+  def _check_numbers(self):
+    """Refuses a picture and moments that sorting pairs though their names say otherwise."""
+    for picture, moments in zip(self._pictures, self._moments):
+      numbers = _number(picture), _number(moments)
+      if None not in numbers and numbers[0] != numbers[1]:
+        raise ValueError(
+          f'--from={self._path}: images/{picture_files.printable(picture)} would be paired with'
+          f' vae-sd/{picture_files.printable(moments)}, expected the same number; write what is'
+          ' missing again'
+        )
 
   def _files(self, folder, endings):
     """Returns the files with such endings below a folder, relative to it, sorted."""
     path = os.path.join(self._path, folder)
     if not os.path.isdir(path):
       raise ValueError(f'--from={self._path} holds no folder {folder}/; copy it there')
-    found, _ = picture_files.files_below(path, endings)
-    names = sorted(os.path.join(below, name) for below, files in found for name in files)
-    if not names:
+    logging.info('listing files in %s', picture_files.printable(path))
+    listing, _ = picture_files.files_below(path, endings)
+    found = sorted(
+      (os.path.join(below, name), size) for below, files in listing for name, size in files
+    )
+    if not found:
       raise ValueError(f'--from={self._path}: {folder}/ holds no {", ".join(endings)}; fill it')
-    return names
+    self._roots[folder] = picture_files.Root(path)
+    self._sizes[folder] = array.array('q', [size for _, size in found])
+    return [name for name, _ in found]
 
   def _read_pixels(self, picture):
     """Returns a picture [size, size, 3] uint8."""
-    file, name = self._file('images', picture), picture_files.printable(f'images/{picture}')
+    name = picture_files.printable(f'images/{picture}')
+    data = self._roots['images'].read(picture, name)
     if picture.lower().endswith('.npy'):
-      pixels = picture_files.read_npy(file, name)
+      pixels = picture_files.read_npy(data, name)
       if pixels.shape != (3, self._size, self._size) or pixels.dtype != np.uint8:
         raise picture_files.Unreadable(
           name,
           f'it has {pixels.dtype} {pixels.shape}, expected uint8 {(3, self._size, self._size)}',
         )
       return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
-    image = picture_files.read_rgb(file, name)
+    image = picture_files.read_rgb(data, name)
     if image.size != (self._size, self._size):
       raise picture_files.Unreadable(
         name, f'it has {image.width} x {image.height} pixels, expected {self._size} x {self._size}'
       )
     return np.array(image)
+
+
+def _number(name):
+  """Returns the number that a file's name ends in, None if in something else."""
+  digits = re.search('[0-9]+$', os.path.splitext(name)[0])
+  return int(digits[0]) if digits else None
 
 
 def _read_labels(file):

@@ -4,8 +4,11 @@ Decoding is Pillow's; the orientation that EXIF may state is not applied, as in 
 """
 
 import errno
+import io
+import math
 import os
 import struct
+import tokenize
 import zlib
 
 import numpy as np
@@ -19,7 +22,12 @@ DAMAGE = (
   OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
   NotImplementedError, struct.error, zlib.error,
 )
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not faults of the file
+# Faults of one file. Others, such as EIO or ESTALE, are of what it lies on, and hit all files.
+OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP)
+NPY_HEADERS = {
+  (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
+}
+MOST_BYTES = 2**30  # of a file: more than a picture of as many pixels as Pillow allows takes
 
 
 class Unreadable(ValueError):
@@ -31,11 +39,50 @@ class Unreadable(ValueError):
   """
 
   def __init__(self, name, reason):
-    super().__init__(name, reason)  # both, so that it travels between processes
+    super().__init__(f'{name} cannot be read: {reason}')
     self.name, self.reason = name, reason
 
-  def __str__(self):
-    return f'{self.name} cannot be read: {self.reason}'
+
+class Root:
+  """The folder that the files of a source are in.
+
+  Args:
+    path: folder, which is there.
+  """
+
+  def __init__(self, path):
+    self._path = os.fspath(path)
+    self._device = os.stat(path).st_dev
+
+  def read(self, file, name):
+    """Returns the bytes of a file.
+
+    Args:
+      file: path relative to this folder.
+      name: for the error.
+
+    Raises:
+      Unreadable: if the file alone is missing, locked away, a folder or huge.
+      OSError: as it is, if more than this file cannot be read.
+    """
+    try:
+      with open(os.path.join(self._path, file), 'rb') as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MOST_BYTES:
+          raise Unreadable(name, f'it has {size} bytes, expected {MOST_BYTES} or fewer')
+        return stream.read()
+    except OSError as error:
+      if error.errno not in OF_ONE_FILE or not self._is_there():
+        raise
+      raise Unreadable(name, os.strerror(error.errno).lower()) from error
+
+  def _is_there(self):
+    """Returns whether the folder is; the place it was mounted at, left empty, is another device.
+    """
+    try:
+      return os.stat(self._path).st_dev == self._device
+    except OSError:
+      return False
 
 
 def adm_crop(image, size):
@@ -64,38 +111,38 @@ def adm_crop(image, size):
   return pixels[top : top + size, left : left + size].copy()
 
 
-def read_crop(file, name, size):
+def read_crop(data, name, size):
   """Returns `adm_crop` of a picture: [size, size, 3] uint8.
 
   Args:
-    file: path, or stream of bytes.
+    data: bytes of its file.
     name: for the error.
     size: side, pixels.
 
   Raises:
     Unreadable: see `read_rgb`; or the picture is so narrow that scaling makes it huge.
   """
-  image = read_rgb(file, name)
+  image = read_rgb(data, name)
   width, height = image.size
   if size * size * max(width, height) > min(width, height) * Image.MAX_IMAGE_PIXELS:
     raise Unreadable(name, f'{width} x {height} pixels are too narrow to scale')
   return adm_crop(image, size)
 
 
-def read_rgb(file, name):
-  """Returns a picture in a file as an RGB PIL image; of several frames the first.
+def read_rgb(data, name):
+  """Returns a picture as an RGB PIL image; of several frames the first.
 
   Args:
-    file: path, or stream of bytes.
+    data: bytes of its file.
     name: for the error.
 
   Raises:
-    Unreadable: if it is missing, no picture, damaged, larger than Pillow allows, or of more than
-      8 bits in one channel: Pillow would clip those.
+    Unreadable: if it is no picture, damaged, larger than Pillow allows, or of more than 8 bits in
+      one channel: Pillow would clip those.
   """
   Image.init()  # loads all formats; left to Image.open, threads may look before they are there
   try:
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       image.load()
       if image.mode[0] in 'IF':
         raise Unreadable(name, f'its pixels are of mode {image.mode}, expected 8 bits a channel')
@@ -109,33 +156,31 @@ def read_rgb(file, name):
     most = 2 * Image.MAX_IMAGE_PIXELS
     raise Unreadable(name, f'it has more than {most} pixels') from error
   except DAMAGE as error:
-    raise Unreadable(name, _reason(error)) from error
+    if getattr(error, 'errno', None):  # of this machine: the bytes are there already
+      raise
+    reason = ' '.join(f'damaged ({type(error).__name__}: {error})'.split())
+    raise Unreadable(name, reason) from error
 
 
-def _reason(error):
-  """Returns why a file cannot be read, in one line without its path; raises shortages again."""
-  number = getattr(error, 'errno', None)
-  if number in SHORTAGES:
-    raise error
-  if number:
-    return os.strerror(number).lower()
-  return ' '.join(f'damaged ({type(error).__name__}: {error})'.split())
-
-
-def read_npy(file, name):
+def read_npy(data, name):
   """Returns the array of a .npy file, which may hold no Python objects.
 
+  Args:
+    data: bytes of the file.
+    name: for the error.
+
   Raises:
-    Unreadable: if it is missing, cut short or no such file.
+    Unreadable: if it is cut short or no such file.
   """
+  stream = io.BytesIO(data)
   try:
-    # A map allocates nothing where a damaged header asks for more than the file holds.
-    array = np.lib.format.open_memmap(file, mode='r')
-  except OSError as error:
-    raise Unreadable(name, _reason(error)) from error
-  except (ValueError, EOFError, SyntaxError, OverflowError) as error:
+    version = np.lib.format.read_magic(stream)
+    shape, is_fortran, dtype = NPY_HEADERS[version](stream)
+    # Refuses a damaged header that asks for more than there is before it allocates anything.
+    values = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
+    return values.reshape(shape, order='F' if is_fortran else 'C').copy()
+  except (*DAMAGE, tokenize.TokenError, RecursionError) as error:
     raise Unreadable(name, 'it is no whole .npy of numbers') from error
-  return np.array(array)
 
 
 def check_index(index, count):
@@ -166,7 +211,8 @@ def entries(folder, endings=ENDINGS):
     endings: of the files that are looked for, lower case; a file's own case is irrelevant.
 
   Returns:
-    folders, files with such an ending (also links that lead nowhere), and all else: three lists.
+    folders, files with such an ending as (name, bytes), and all else: three lists. Links that lead
+    nowhere are files of -1 bytes.
 
   Raises:
     ValueError: one line, if it cannot be listed.
@@ -180,13 +226,21 @@ def entries(folder, endings=ENDINGS):
         if entry.is_dir():
           folders.append(entry.name)
         elif entry.name.lower().endswith(endings) and (entry.is_file() or entry.is_symlink()):
-          found.append(entry.name)
+          found.append((entry.name, _size(entry)))
         else:
           others.append(entry.name)
   except OSError as error:
     reason = error.strerror or error
     raise ValueError(f'{printable(folder)} cannot be listed: {reason}; check the path') from error
   return sorted(folders), sorted(found), sorted(others)
+
+
+def _size(entry):
+  """Returns the bytes of a file in a listing, -1 where a link leads nowhere."""
+  try:
+    return entry.stat().st_size  # now: after a listing, network folders have it at hand
+  except FileNotFoundError:
+    return -1
 
 
 def files_below(path, endings=ENDINGS):
@@ -198,7 +252,7 @@ def files_below(path, endings=ENDINGS):
 
   Returns:
     [(folder, files)] and [(folder, other files)], folders relative to path ('' for itself), in the
-    order of the folders' names as text.
+    order of the folders' names as text; files and others as `entries` gives them.
 
   Raises:
     ValueError: one line, if one cannot be listed or a link leads to a folder it is in.

@@ -1,10 +1,10 @@
 """Moments as the official codes store them: rows, what must agree, what is refused."""
 
 import concurrent.futures
+import errno
 import json
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo.data import images, official
+from fmzoo.data import images, official, picture_files
 from tests import golden_files as files
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'soflow' / 'latents_tiny.hdf5'
@@ -53,6 +53,10 @@ def write_repa(folder, pictures='png', rows=ROWS):
   (folder / 'images' / 'dataset.json').write_text('{"labels": null}')
   write_labels(folder, labels)
   return folder
+
+
+def read_labels(folder):
+  return json.loads((folder / 'vae-sd' / 'dataset.json').read_text())['labels']
 
 
 def write_labels(folder, labels):
@@ -113,17 +117,25 @@ def test_the_recorded_file_of_soflow_golden():
 def test_hdf5_gives_its_rows(tmp_path, libver):
   source = images.open_source(str(write_hdf5(tmp_path / 'x.h5', libver)), SIZE, False)
   has_the_rows(source)
-  assert (source.has_pixels, source.has_moments) == (False, True)
-  assert (source.vae, source.crop) == ('sd-vae-ft-mse', 'ADM centre crop to 32')
+  assert source.has_moments and source.crop == 'ADM centre crop to 32'
+  assert source.vae == "sd-vae-ft-mse (assumed, as SoFlow's)"
   assert (source.classes, source.num_classes) == ((), 0) and source.name_of(3) == 'row 3'
   with pytest.raises(IndexError):
     source[-1]
 
 
-def test_hdf5_is_shared_by_threads_and_copied_to_workers(tmp_path):
+def test_stored_moments_tell_how_many_classes_their_labels_need(tmp_path):
+  for highest in (999, 7):
+    labels = np.minimum(LABELS, highest)
+    hdf5 = official.SoflowHdf5(write_hdf5(tmp_path / f'{highest}.h5', labels=labels))
+    repa = write_repa(tmp_path / str(highest))
+    write_labels(repa, [[name, min(label, highest)] for name, label in read_labels(repa)])
+    assert hdf5.lowest_classes == highest + 1 and type(hdf5.lowest_classes) is int
+    assert official.RepaFolder(repa, SIZE, False).lowest_classes == highest + 1
+
+
+def test_hdf5_is_shared_by_threads(tmp_path):
   source = official.SoflowHdf5(write_hdf5(tmp_path / 'x.h5'))
-  source[0]
-  has_the_rows(pickle.loads(pickle.dumps(source)))
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     rows = list(pool.map(source.__getitem__, list(range(ROWS)) * 20))
   for i, row in enumerate(rows):
@@ -159,8 +171,11 @@ def test_hdf5_that_is_missing_cut_or_something_else_is_refused(tmp_path):
 
 
 def test_hdf5_of_another_size_or_without_pixels_is_refused():
-  refused(GOLDEN, 'pictures of 32 pixels, expected 256', size=256)
-  refused(GOLDEN, 'no pixels', with_pixels=True)
+  refused(GOLDEN, 'pictures of 32 pixels, expected 256; set data.latent_size=4 or', size=256)
+  refused(
+    GOLDEN, "no pixels, but the recipe's method aligns with features of pictures",
+    'use a method that does not, or the pictures', with_pixels=True,
+  )
 
 
 @pytest.mark.parametrize('value,reason', [
@@ -190,6 +205,42 @@ def test_a_damaged_chunk_of_hdf5_is_unreadable(tmp_path):
   unreadable(source, 3, 'row 3 cannot be read: its part of the file is damaged')
 
 
+def test_a_disk_that_fails_is_not_blamed_on_a_row_of_hdf5(tmp_path):
+  """A folder in place of the file that is open: reading it fails as a broken disk would."""
+  latents = np.tile(STORED, (400, 1, 1, 1))  # more than is read ahead at opening
+  labels = np.tile(LABELS, 400)
+  write_hdf5(tmp_path / 'x.h5', latents=latents, labels=labels, amount=np.int64(2400))
+  source = official.SoflowHdf5(tmp_path / 'x.h5')
+  handle = next(
+    int(entry) for entry in os.listdir('/proc/self/fd')
+    if os.path.realpath(f'/proc/self/fd/{entry}') == str((tmp_path / 'x.h5').resolve())
+  )
+  whole, folder = os.dup(handle), os.open(tmp_path, os.O_RDONLY)
+  os.dup2(folder, handle)
+  with pytest.raises(OSError) as error:
+    source[2399]
+  os.dup2(whole, handle)
+  os.close(whole), os.close(folder)
+  assert error.value.errno == errno.EISDIR
+  with pytest.raises(IsADirectoryError):  # HDF5 itself would give zeros now
+    source[2398]
+
+
+@pytest.mark.parametrize('error', [
+  OSError(errno.ESTALE, 'Stale file handle'), RuntimeError('not a\ndataset'),
+])
+def test_only_what_cannot_be_decoded_damages_a_row_of_hdf5(tmp_path, monkeypatch, error):
+  class Latents:
+    def __getitem__(self, index):
+      raise error
+
+  source = official.SoflowHdf5(write_hdf5(tmp_path / 'x.h5'))
+  monkeypatch.setattr(source, '_latents', Latents())
+  with pytest.raises((OSError, ValueError), match='Stale|row 3 .*: not a dataset') as raised:
+    source[3]
+  assert not isinstance(raised.value, images.Unreadable)
+
+
 def test_the_fingerprint_of_hdf5_changes_with_labels_and_shape(tmp_path):
   seen = {
     official.SoflowHdf5(write_hdf5(tmp_path / f'{i}.h5', **changes)).fingerprint()
@@ -205,8 +256,8 @@ def test_the_fingerprint_of_hdf5_changes_with_labels_and_shape(tmp_path):
 def test_repa_folders_give_their_rows(tmp_path, pictures):
   source = images.open_source(str(write_repa(tmp_path, pictures)), SIZE, True)
   has_the_rows(source, with_pixels=True)
-  assert (source.has_pixels, source.has_moments) == (True, True)
-  assert (source.vae, source.crop) == ('sd-vae-ft-ema', 'ADM centre crop to 32')
+  assert source.has_moments and source.crop == 'ADM centre crop to 32'
+  assert source.vae == "sd-vae-ft-ema (assumed, as BFM's)"
   assert (source.classes, source.num_classes) == ((), 0)
   assert source.name_of(5) == 'vae-sd/00001/img-mean-std-00000005.npy'
   with pytest.raises(IndexError):
@@ -217,22 +268,55 @@ def test_repa_without_pixels_needs_no_pictures(tmp_path):
   folder = write_repa(tmp_path)
   (folder / 'images').rename(tmp_path / 'elsewhere')
   source = images.open_source(str(folder), SIZE, False)
-  assert not source.has_pixels
   has_the_rows(source)
   refused(folder, 'no folder images/', with_pixels=True)
 
 
 def test_repa_pairs_files_by_their_place_after_sorting(tmp_path):
   """As text over whole paths, where '-' comes before '/'; labels go by name, in any order."""
-  for i, name in enumerate(('a-b/0.npy', 'a/1.npy', 'a/b/0.npy', 'b.npy')):
+  for i, name in enumerate(('a-b/x.npy', 'a/1.npy', 'a/b/x.npy', 'b.npy')):
     save(tmp_path / 'vae-sd' / name, STORED[i])
-  write_labels(tmp_path, [['b.npy', 3], ['a/b/0.npy', 2], ['a/1.npy', 1], ['a-b/0.npy', 0]])
+  write_labels(tmp_path, [['b.npy', 3], ['a/b/x.npy', 2], ['a/1.npy', 1], ['a-b/x.npy', 0]])
   for i in range(4):
     save(tmp_path / 'images' / f'{i}.npy', PIXELS[i].transpose(2, 0, 1))
   for i, row in enumerate(images.open_source(str(tmp_path), SIZE, True)):
     assert row['label'] == i
     np.testing.assert_array_equal(row['moments'], files.channels_last(STORED[i]))
     np.testing.assert_array_equal(row['pixels'], PIXELS[i])
+
+
+def test_repa_whose_numbers_do_not_agree_is_refused(tmp_path):
+  """As many of both, but another one is missing: all between would get each other's pictures."""
+  folder = write_repa(tmp_path)
+  (folder / 'images' / '00000' / 'img00000001.png').unlink()
+  (folder / 'vae-sd' / '00000' / 'img-mean-std-00000003.npy').unlink()
+  assert len(images.open_source(str(folder), SIZE, False)) == ROWS - 1
+  refused(
+    folder, 'images/00000/img00000002.png', 'vae-sd/00000/img-mean-std-00000001.npy',
+    'expected the same number', with_pixels=True,
+  )
+
+
+def test_repa_folders_that_are_gone_are_not_called_unreadable(tmp_path):
+  folder = write_repa(tmp_path)
+  source = images.open_source(str(folder), SIZE, True)
+  for part in ('images', 'vae-sd'):
+    (folder / part).rename(folder / 'elsewhere')
+    with pytest.raises(FileNotFoundError):
+      source[3]
+    (folder / 'elsewhere').rename(folder / part)
+  assert source[3]['label'] == LABELS[3]
+
+
+def test_repa_is_listed_with_a_word_and_the_sizes(tmp_path, monkeypatch, caplog):
+  folder = write_repa(tmp_path)
+  with caplog.at_level('INFO'):
+    source = images.open_source(str(folder), SIZE, True)
+  for part in ('images', 'vae-sd'):
+    assert f'listing files in {folder / part}' in caplog.text
+  expected, asked = source.fingerprint(), []
+  monkeypatch.setattr(os, 'stat', lambda path, **options: asked.append(path))
+  assert source.fingerprint() == expected and not asked
 
 
 def test_repa_with_other_counts_or_labels_is_refused(tmp_path):
@@ -331,17 +415,25 @@ def test_the_fingerprint_of_repa_changes_with_files_and_labels(tmp_path):
   assert len({before, fingerprint(tmp_path / 'a'), fingerprint(tmp_path / 'b')}) == 3
 
 
-def test_sources_need_no_jax_and_survive_a_fork(tmp_path):
+def test_damaged_headers_of_npy_raise_nothing_but_unreadable(tmp_path):
+  save(tmp_path / 'x.npy', STORED[0])
+  whole = (tmp_path / 'x.npy').read_bytes()
+  rng = np.random.default_rng(0)
+  for _ in range(500):
+    data = np.frombuffer(whole, np.uint8).copy()
+    data[rng.integers(0, 100, rng.integers(1, 5))] = rng.integers(0, 256)
+    try:
+      picture_files.read_npy(data.tobytes(), 'x')
+    except images.Unreadable as error:
+      assert 'no whole .npy' in error.reason
+
+
+def test_sources_need_no_jax(tmp_path):
   write_hdf5(tmp_path / 'x.h5')
   script = f'''
-import os, sys
+import sys
 from fmzoo.data import images
-source = images.open_source({str(tmp_path / 'x.h5')!r}, 32, False)
-first = source[0]['moments'].sum()
-child = os.fork()
-if not child:
-  os._exit(int(source[0]['moments'].sum() != first))
-assert os.waitpid(child, 0)[1] == 0
+assert len(images.open_source({str(tmp_path / 'x.h5')!r}, 32, False)[0]['moments'])
 assert not {{'jax', 'tensorflow'}} & set(sys.modules)
 '''
   subprocess.run(
