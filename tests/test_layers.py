@@ -28,8 +28,8 @@ ALLOWED = {
      'h5py'}, {'fmzoo.data', 'fmzoo.paths'}),
   'fmzoo.data.buckets': ({'tensorstore'}, {'fmzoo.paths'}),
   'fmzoo.data.prepare': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.data', 'fmzoo.inputs', 'fmzoo.sources', 'fmzoo.writer', 'fmzoo.convert.vae',
-    'fmzoo.parallel'}),
+    'fmzoo.data', 'fmzoo.inputs', 'fmzoo.paths', 'fmzoo.sources', 'fmzoo.writer',
+    'fmzoo.convert.vae', 'fmzoo.parallel'}),
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
     'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),

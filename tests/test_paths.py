@@ -173,7 +173,7 @@ def test_latents_are_not_written_to_an_address(tmp_path, monkeypatch, capsys):
   with pytest.raises(ValueError, match='data.path=gs://bucket/x is an address'):
     write('gs://bucket/x')
   with pytest.raises(ValueError, match='data.path=gs://bucket/x is an address'):
-    shards.Job('gs://bucket/x', None, source='', count=1, rows_per_shard=1)
+    shards.Job('gs://bucket/x', None, count=1, rows_per_shard=1)
   assert not list(tmp_path.iterdir())
 
 

@@ -1,71 +1,24 @@
-"""The stored latent format: VAE moments of many images in ArrayRecord shards, and a manifest.
+"""Stored latents, read: batches of rows by index, and checks of the shards.
 
-A folder holds `manifest.json` (`Manifest`) and the shards `latents-00000-of-00004.array_record`. A
-record is, little-endian and without a header: the moments [H, W, 2 C] of an image, C mean channels
-and then C standard deviations, unscaled; where `mirrored`, those of its mirror image; the patch
-features [N, F] of a frozen encoder, if there are any; the image [h, w, 3] itself in bytes, if it is
-kept; the label as int32. Here they are read; data/shards.py writes them.
+The format is that of data/manifests.py; data/shards.py writes it.
 """
 
-import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
-import re
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
 from fmzoo import paths
-from fmzoo.data import buckets
+from fmzoo.data import manifests
 
-VERSION = 3
-DTYPES = {'float16': np.dtype('<f2'), 'float32': np.dtype('<f4')}
 # Bits of a number as an integer without its sign, and the lowest such integer that is not finite.
 BITS = {'float16': ('<u2', 0x7FFF, 0x7C00), 'float32': ('<u4', 0x7FFFFFFF, 0x7F800000)}
 # How array_record's words begin where bytes are not those that were written. All else, such as too
 # many open files or a bucket that refuses, says nothing about the file.
 CORRUPTED = ('Corrupted', 'Invalid', 'Failed to parse', 'ArrayRecord file should be')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-  """What manifest.json holds; written last, so a folder with one is complete."""
-
-  version: int  # of this format
-  count: int  # rows in all shards
-  shards: list  # {'name', 'count' (rows), 'bytes', 'sha256', 'first' (sha256 of its first record)}
-  latent_shape: list  # [H, W, C]
-  layout: str  # order of a latent's axes; 'HWC'
-  dtype: str  # of the stored moments and features, 'float16' or 'float32'
-  mirrored: bool  # moments of the mirror image follow those of the image
-  num_classes: int  # labels are 0 .. num_classes - 1
-  classes: list  # their names in that order; [] where they have none
-  vae: str  # name of the VAE that made the moments
-  vae_hash: str  # of its encoder's weights, convert.vae.encoder_hash; '' where nobody knows
-  vae_dtype: str  # of its products, 'float32' or 'bfloat16'; '' where nobody knows
-  scale: float  # latent = scale times a draw from the moments
-  crop: str  # how images were cut before encoding
-  encoder: str  # name of the frozen encoder that made the features; '' where none are stored
-  feature_shape: list  # [N, F], patch tokens and their width; [] where none are stored
-  image_shape: list  # [h, w, 3] of the stored images, uint8; [] where none are stored
-  source: str  # what identifies the rows that it was made of; '' where nothing does
-  unreadable: list  # names of images of the source that could not be read, and are left out
-
-
-def record_dtype(manifest):
-  """Returns the layout of a record as a packed structured dtype, its fields in their order."""
-  height, width, channels = manifest.latent_shape
-  number = DTYPES[manifest.dtype]
-  moments = (height, width, 2 * channels)
-  fields = [('moments', number, (2, *moments) if manifest.mirrored else moments)]
-  if manifest.feature_shape:
-    fields.append(('feature', number, tuple(manifest.feature_shape)))
-  if manifest.image_shape:
-    fields.append(('image', np.uint8, tuple(manifest.image_shape)))
-  return np.dtype([*fields, ('label', '<i4')])
 
 
 class LatentSource:
@@ -88,7 +41,7 @@ class LatentSource:
   """
 
   def __init__(self, path, with_feature=True, with_image=False, with_mirror=False):
-    manifest = self.manifest = read_manifest(path)
+    manifest = self.manifest = manifests.read(path)
     self.name = f'data.path={path}'
     self.latent_shape = tuple(manifest.latent_shape)
     self.num_classes = manifest.num_classes
@@ -98,7 +51,7 @@ class LatentSource:
     self.feature_shape = tuple(manifest.feature_shape) if with_feature else ()
     self.image_shape = tuple(manifest.image_shape) if with_image else ()
     self._is_remote = paths.is_bucket(path)
-    self._record = record_dtype(manifest)
+    self._record = manifests.record_dtype(manifest)
     self._fields = self._wanted_fields()
     self._first_rows = np.cumsum([0, *(shard['count'] for shard in manifest.shards)])
     files = []
@@ -186,141 +139,6 @@ class LatentSource:
       )
 
 
-def read_manifest(path):
-  """Returns the Manifest of a folder.
-
-  Raises:
-    ValueError: one line, if there is none, or it cannot be used.
-  """
-  text, problem = _manifest_text(path)
-  if text is None:
-    raise ValueError(
-      f'data.path={path} {problem}; expected latents (manifest.json and ArrayRecord shards): make'
-      " them with `prepare --from=PICTURES`, as section 'Data' of README.md shows, or set data.path"
-    )
-  try:
-    values = json.loads(text)
-    if values['version'] != VERSION:
-      raise ValueError(f'version {values["version"]}, this fmzoo reads version {VERSION}')
-    manifest = Manifest(**values)
-    check(manifest)
-    if sum(shard['count'] for shard in manifest.shards) != manifest.count:
-      raise ValueError(f'count {manifest.count}, but its shards have another sum')
-    if not manifest.count:
-      raise ValueError('count 0, expected at least one row')
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(
-      f'data.path={path}: manifest.json cannot be used: {_one_line(error)}; write the latents again'
-    ) from error
-  return manifest
-
-
-def _manifest_text(path):
-  """Returns (bytes of the manifest or None, what is wrong if there is none)."""
-  if paths.is_bucket(path):
-    return buckets.read(os.path.join(path, 'manifest.json')), 'holds no manifest.json'
-  paths.expect_local('data.path', path)
-  file = pathlib.Path(path) / 'manifest.json'
-  if file.is_file():
-    return file.read_bytes(), ''
-  problem = 'holds no manifest.json' if file.parent.is_dir() else 'is not a folder'
-  if (file.parent / PARTIAL).is_dir():
-    problem += ': `prepare` did not finish there, the same command goes on'
-  return None, problem
-
-
-PARTIAL = 'partial'  # folder of a manifest's beginnings, see data/shards.py
-
-
-def _is_list(value, is_item):
-  """Says whether a value is a list of such items."""
-  return isinstance(value, list) and all(map(is_item, value))
-
-
-def _is_text(value):
-  """Says whether a value is a string."""
-  return isinstance(value, str)
-
-
-def _is_count(value):
-  """Says whether a value is an integer above 0; True is none."""
-  return type(value) is int and value > 0
-
-
-def _is_file_name(value):
-  """Says whether a value names a file of the folder; with a slash it could be one elsewhere."""
-  plain = _is_text(value) and value == os.path.basename(value) and value.isprintable()
-  return plain and value not in ('', '.', '..')
-
-
-# A manifest may be of any hand. Kinds of values: (words, test, names of such fields).
-SHARD_KINDS = (
-  ('a file name without a folder', _is_file_name, ('name',)),
-  ('a positive integer', _is_count, ('count', 'bytes')),
-  ('64 hexadecimal digits', lambda value: _is_text(value) and re.fullmatch('[0-9a-f]{64}', value),
-   ('sha256', 'first')),
-)
-KINDS = (
-  ('a positive integer', _is_count, ('version', 'num_classes')),
-  ('an integer, 0 or more', lambda value: value == 0 and type(value) is int or _is_count(value),
-   ('count',)),
-  ('a list of positive integers', lambda value: _is_list(value, _is_count),
-   ('latent_shape', 'feature_shape', 'image_shape')),
-  ('a string', _is_text, ('layout', 'dtype', 'vae', 'vae_hash', 'crop', 'encoder')),
-  ('a list of strings', lambda value: _is_list(value, _is_text), ('classes', 'unreadable')),
-  ('true or false', lambda value: isinstance(value, bool), ('mirrored',)),
-  ('a finite number above 0',
-   lambda value: type(value) in (int, float) and 0 < value < math.inf, ('scale',)),
-  ('a list of shards, objects', lambda value: _is_list(value, lambda item: isinstance(item, dict)),
-   ('shards',)),
-)
-
-
-def _check_kinds(values, kinds, where):
-  """Refuses {name: value} with other names than those of `kinds`, or values of another kind."""
-  expected = [name for _, _, names in kinds for name in names]
-  if values.keys() != set(expected):
-    raise ValueError(
-      f'{where}has {", ".join(sorted(values)) or "nothing"}; expected {", ".join(expected)}'
-    )
-  for words, fits, names in kinds:
-    for name in names:
-      if not fits(values[name]):
-        raise ValueError(f'{where}{name} {repr(values[name])[:100]}, expected {words}')
-
-
-def check(manifest):
-  """Refuses a Manifest with fields of another kind, or which do not fit each other.
-
-  Raises:
-    ValueError: names the field and what is expected.
-  """
-  _check_kinds(vars(manifest), KINDS, '')
-  for index, shard in enumerate(manifest.shards):
-    _check_kinds(shard, SHARD_KINDS, f'shard {index}: ')
-  if manifest.layout != 'HWC' or manifest.dtype not in DTYPES:
-    raise ValueError(
-      f'layout {manifest.layout!r}, dtype {manifest.dtype!r}; expected HWC,'
-      f' {" or ".join(DTYPES)}'
-    )
-  if len(manifest.latent_shape) != 3:
-    raise ValueError(f'latent_shape {manifest.latent_shape}, expected [H, W, C]')
-  if bool(manifest.encoder) != bool(manifest.feature_shape):
-    raise ValueError(
-      f'encoder={manifest.encoder!r}, feature_shape={manifest.feature_shape}: expected both or'
-      ' neither'
-    )
-  if len(manifest.feature_shape) not in (0, 2):
-    raise ValueError(f'feature_shape {manifest.feature_shape}, expected [N, F]')
-  if manifest.image_shape and (len(manifest.image_shape) != 3 or manifest.image_shape[2] != 3):
-    raise ValueError(f'image_shape {manifest.image_shape}, expected [h, w, 3]')
-  if manifest.classes and len(manifest.classes) != manifest.num_classes:
-    raise ValueError(
-      f'{len(manifest.classes)} names in classes, expected num_classes={manifest.num_classes}'
-    )
-  record_dtype(manifest)  # which numpy refuses where a record would be larger than it can be
-
-
 def verify(path):
   """Reads every byte of the shards and compares the checksums with the manifest.
 
@@ -328,7 +146,7 @@ def verify(path):
     ValueError: names the first shard that is missing, cut short or changed.
   """
   paths.expect_local('data.path', path)
-  for shard in read_manifest(path).shards:
+  for shard in manifests.read(path).shards:
     found = sha256(_check_size(path, shard))
     if found != shard['sha256']:
       raise ValueError(
@@ -378,7 +196,7 @@ def _check_rows(path, file, shard):
 
 def _unreadable(error, damaged, is_remote):
   """Returns words for an error of reading a shard, and a remedy; `damaged` is for wrong bytes."""
-  reason = _one_line(error)
+  reason = manifests.one_line(error)
   if reason.startswith(CORRUPTED):
     return f'{damaged} ({reason}); copy or write it again'
   if 'Too many open files' in reason:
@@ -388,11 +206,6 @@ def _unreadable(error, damaged, is_remote):
   else:
     remedy = 'check its permissions and the disk'
   return f'cannot be read ({reason}); {remedy}'
-
-
-def _one_line(error):
-  """Returns the words of an error, without line breaks and not endless."""
-  return ' '.join(str(error).split())[:300]
 
 
 def sha256(file):

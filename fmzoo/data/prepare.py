@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from fmzoo import inputs, sources, writer
+from fmzoo import inputs, paths, sources, writer
 from fmzoo.convert import vae as official_vae
-from fmzoo.data import images, latents, shards
+from fmzoo.data import images, manifests, shards
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
@@ -42,7 +42,7 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
     shard_rows: images of a shard, which is what a kill loses at most.
 
   Returns:
-    data.latents.Manifest.
+    data.manifests.Manifest.
 
   Raises:
     ValueError: one line, if the source, the VAE or the folder does not fit the recipe.
@@ -51,6 +51,7 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
   path = sources.data_path(data)
   if data.name != 'latents':
     raise ValueError(f"prepare writes latents, found data.name='{data.name}'; use another recipe")
+  paths.expect_local('data.path', path, shards.REMEDY)  # before the listing, which may take long
   has_image = sources.is_aligned(recipe)
   rows = images.open_source(source, sources.image_size(data), with_pixels=has_image)
   _check(recipe, source, rows)
@@ -70,7 +71,7 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
       stored = _rows(readable, encoder, has_image)
       job.write(shard, stored, unreadable)
   hosts.barrier('prepare')
-  manifest = _on_main(job.finish) or latents.read_manifest(path)
+  manifest = _on_main(job.finish) or manifests.read(path)
   _report(path, manifest)
   return manifest
 
@@ -105,6 +106,11 @@ def _check(recipe, source, rows):
     raise ValueError(
       f'data.num_classes={data.num_classes} does not fit --from={source}, which has'
       f' {rows.num_classes}; set it to that'
+    )
+  if rows.lowest_classes > data.num_classes:
+    raise ValueError(
+      f'data.num_classes={data.num_classes} is too low for --from={source}, which has labels up to'
+      f' {rows.lowest_classes - 1}; set it to {rows.lowest_classes} or more'
     )
   if not rows.has_moments and not data.vae:
     raise ValueError(

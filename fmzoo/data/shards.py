@@ -19,7 +19,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from fmzoo import paths
-from fmzoo.data import latents
+from fmzoo.data import latents, manifests
 
 RESULTS = ('count', 'shards', 'unreadable')  # fields of a manifest that are known at its end
 REMEDY = 'write the latents to a folder of this machine or a mounted one, and copy it there'
@@ -70,14 +70,14 @@ def empty_manifest(
   Raises:
     ValueError: if they do not fit each other.
   """
-  manifest = latents.Manifest(
-    version=latents.VERSION, count=0, shards=[], latent_shape=list(latent_shape), layout='HWC',
+  manifest = manifests.Manifest(
+    version=manifests.VERSION, count=0, shards=[], latent_shape=list(latent_shape), layout='HWC',
     dtype=dtype, mirrored=mirrored, num_classes=num_classes, classes=list(classes), vae=vae,
     vae_hash=vae_hash, vae_dtype=vae_dtype, scale=scale, crop=crop, encoder=encoder,
     feature_shape=list(feature_shape), image_shape=list(image_shape), source=source,
     unreadable=[],
   )
-  latents.check(manifest)
+  manifests.check(manifest)
   return manifest
 
 
@@ -87,7 +87,7 @@ def expect_unwritten(path):
   path = pathlib.Path(path)
   if (path / 'manifest.json').exists():
     raise ValueError(f'{path} holds latents already; choose another folder or remove them first')
-  if found := [*path.glob(latents.PARTIAL), *path.glob('latents-*.array_record')]:
+  if found := [*path.glob(manifests.PARTIAL), *path.glob('latents-*.array_record')]:
     raise ValueError(
       f'{path} holds the beginnings of other latents ({found[0].name}); choose another folder or'
       ' remove them first'
@@ -106,7 +106,7 @@ def locked(path, process_index):
   Raises:
     ValueError: if another process is at work there.
   """
-  partial = pathlib.Path(path) / latents.PARTIAL
+  partial = pathlib.Path(path) / manifests.PARTIAL
   partial.mkdir(parents=True, exist_ok=True)
   with open(partial / f'lock-{process_index}', 'w', encoding='ascii') as file:
     try:
@@ -139,10 +139,10 @@ class Job:
     self.path, self.manifest = pathlib.Path(path), manifest
     self.count, self.rows_per_shard = count, rows_per_shard
     self.shards = -(-count // rows_per_shard)
-    self.partial = self.path / latents.PARTIAL
+    self.partial = self.path / manifests.PARTIAL
     self.is_finished = (self.path / 'manifest.json').exists()
     if self.is_finished:
-      self._expect_same('other latents', dataclasses.asdict(latents.read_manifest(path)))
+      self._expect_same('other latents', dataclasses.asdict(manifests.read(path)))
       return
     if not (self.partial / 'plan.json').exists():
       if found := [*self.path.glob('latents-*.array_record')]:
@@ -214,7 +214,7 @@ class Job:
     """
     if self.is_finished:
       shutil.rmtree(self.partial, ignore_errors=True)
-      return latents.read_manifest(self.path)
+      return manifests.read(self.path)
     if missing := self.left():
       raise ValueError(
         f'{self.path}: shards {missing[:8]} are not written; run `prepare` again, with all hosts on'
@@ -251,7 +251,7 @@ class Job:
 
 def encode(row, name, manifest):
   """Returns the bytes of one record, checked; `name` is the row's in messages."""
-  record = latents.record_dtype(manifest)
+  record = manifests.record_dtype(manifest)
   if set(row) != set(record.names):
     raise ValueError(
       f'{name} has {", ".join(sorted(row))}, expected {", ".join(sorted(record.names))}, as'

@@ -12,7 +12,7 @@ import resource
 import numpy as np
 import pytest
 
-from fmzoo.data import latents, pipeline, shards
+from fmzoo.data import latents, manifests, pipeline, shards
 
 SHAPE = (4, 4, 2)
 COUNT = 10
@@ -272,7 +272,7 @@ def test_a_shard_of_another_run_is_named(tmp_path, folder):
 
 def test_moments_that_are_no_numbers_are_named(folder, monkeypatch):
   """They cannot be written; a file that has them comes from elsewhere."""
-  record = shards.encode(some_rows()[6], '', latents.read_manifest(folder))
+  record = shards.encode(some_rows()[6], '', manifests.read(folder))
   place = r'record 2 of latents-00001-of-00003.array_record \(row 6\) .*not finite'
   for bad in (np.nan, np.inf, -np.inf):
     source = latents.LatentSource(folder)
@@ -373,8 +373,8 @@ def test_a_shard_entry_that_makes_no_sense_is_refused(folder, changes, word):
 
 
 def test_every_field_of_a_manifest_has_a_kind():
-  fields = [field.name for field in dataclasses.fields(latents.Manifest)]
-  assert sorted(name for _, _, names in latents.KINDS for name in names) == sorted(fields)
+  fields = [field.name for field in dataclasses.fields(manifests.Manifest)]
+  assert sorted(name for _, _, names in manifests.KINDS for name in names) == sorted(fields)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def no_more_files():
 def test_too_many_open_files_are_not_a_damaged_shard(folder):
   source = latents.LatentSource(folder)
   source.batch(np.array([9]))
-  shard = latents.read_manifest(folder).shards[0]
+  shard = manifests.read(folder).shards[0]
   file = folder / shard['name']
   for reading in (lambda: source.batch(np.array([0])),
                   lambda: latents._check_rows(folder, file, shard)):

@@ -20,7 +20,7 @@ from PIL import Image
 from fmzoo import inputs, main
 from fmzoo.convert import vae as official
 from fmzoo.convert import weights
-from fmzoo.data import images, latents, prepare, shards
+from fmzoo.data import images, latents, manifests, prepare, shards
 from fmzoo.models import vae
 from tests import tiny
 
@@ -100,7 +100,7 @@ def test_moments_are_those_of_the_pictures(folder, whole, params):
 
 
 def test_the_manifest_says_how_they_came_about(whole, params):
-  manifest = latents.read_manifest(whole)
+  manifest = manifests.read(whole)
   assert manifest.classes == ['class000', 'class001', 'class002'] and manifest.unreadable == []
   assert (manifest.num_classes, manifest.scale, manifest.mirrored) == (CLASSES, 0.18215, False)
   assert manifest.vae == 'vae.safetensors' and manifest.image_shape == []
@@ -245,10 +245,20 @@ def test_stored_moments_need_no_vae(folder, tmp_path, monkeypatch):
   manifest = run(
     folder, tmp_path / 'latents', source=str(tmp_path / 'latents.hdf5'), data__vae='',
   )
-  assert manifest.vae == 'sd-vae-ft-mse' and manifest.vae_hash == ''
+  assert manifest.vae.startswith('sd-vae-ft-mse (assumed') and manifest.vae_hash == ''
   rows = latents.LatentSource(tmp_path / 'latents').batch(np.arange(5))
   np.testing.assert_array_equal(rows['moments'], moments.transpose(0, 2, 3, 1))
   np.testing.assert_array_equal(rows['label'], np.arange(5) % CLASSES)
+
+
+def test_labels_of_stored_moments_fit_before_anything_is_written(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(vae, 'SD_VAE', dataclasses.replace(tiny.VAE, widths=(8, 8, 8, 8)))
+  with h5py.File(tmp_path / 'latents.hdf5', 'w') as file:
+    file['latents'], file['labels'] = np.ones((5, 8, 4, 4), np.float32), np.arange(5)
+    file['amount'], file['latent_size'] = 5, 4
+  with pytest.raises(ValueError, match='data.num_classes=3 is too low for .* up to 4; set it to 5'):
+    run(folder, tmp_path / 'latents', source=str(tmp_path / 'latents.hdf5'), data__vae='')
+  assert not (tmp_path / 'latents').exists()
 
 
 @pytest.mark.parametrize('changes,words', [
@@ -265,7 +275,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path
 
 def test_a_finished_job_is_left_as_it_is(folder, whole):
   before = contents(whole)
-  assert run(folder, whole) == latents.read_manifest(whole)
+  assert run(folder, whole) == manifests.read(whole)
   assert contents(whole) == before
 
 

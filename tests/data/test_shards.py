@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fmzoo.data import latents, shards
+from fmzoo.data import latents, manifests, shards
 
 SETTINGS = {
   'latent_shape': (4, 4, 2), 'num_classes': 5, 'vae': 'toy-vae', 'vae_hash': 'abc',
@@ -152,7 +152,7 @@ def test_a_finished_job_has_nothing_left(tmp_path, whole):
   (whole / 'partial' / 'plan.json').write_text('{}')
   again = job(whole)
   assert again.left() == [] and again.done() == COUNT
-  assert again.finish() == latents.read_manifest(whole)
+  assert again.finish() == manifests.read(whole)
   assert contents(whole) == before
 
 
