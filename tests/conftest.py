@@ -49,6 +49,14 @@ def pytest_addoption(parser):
   )
 
 
+@pytest.fixture
+def optimised():
+  """Compiles as ever, for a test that runs longer than it compiles."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
 @pytest.fixture(scope='session')
 def golden_root(request):
   """The folder of recorded arrays, tests/golden unless --golden-root says otherwise."""

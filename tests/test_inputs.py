@@ -150,6 +150,7 @@ def test_no_gradient_flows_into_the_encoder():
   assert float(jax.grad(loss)(2.0)) == 0.0
 
 
+@pytest.mark.usefixtures('optimised')
 def test_digits_encoder_learns_and_is_kept(tmp_path):
   source = digits.DigitsSource()
   encode, params = encoders.digits(tmp_path, source, 10, 0)
