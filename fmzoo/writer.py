@@ -168,6 +168,7 @@ class OwnLines:
     self._package = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
   def filter(self, record):
+    """Says whether a record is shown."""
     own = os.path.abspath(record.pathname).startswith(self._package)
     shown = own or record.levelno >= logging.converter.STANDARD_WARNING
     if shown:

@@ -68,6 +68,7 @@ def make(config, net, latent_shape, num_classes):
     x = flow.normal_like(rng, jnp.zeros((labels.shape[0], *latent_shape)))
 
     def velocity(x, t):
+      """Returns the velocity of x at one time, guided: x and result [B, H, W, C]."""
       times = jnp.full(labels.shape, t)
       if guidance == 1:
         return net.apply(params, x, times, None, labels)

@@ -35,6 +35,7 @@ def heun(velocity, x, times):
   """
 
   def step(x, t, t_next):
+    """Returns x at t_next."""
     dt = t_next - t
     k1 = velocity(x, t)
     k2 = velocity(x + dt * k1, t_next)

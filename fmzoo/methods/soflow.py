@@ -127,7 +127,8 @@ def free_velocities(config, net, num_classes, params, rows):
     blocks = [(groups, count, 0) for groups, count, _ in blocks]
   sizes = [block[:2] for block in blocks]
 
-  def extend(a, again):  # every group by its consistency rows: no row moves to another device
+  def extend(a, again):
+    """Extends every group by its consistency rows: no row moves to another device."""
     return soflow_rows.join([
       jnp.concatenate([one, two[:, :head]], axis=1)
       for one, two, (_, _, head) in zip(

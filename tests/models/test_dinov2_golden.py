@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import os
 import re
 
@@ -29,14 +28,7 @@ NUMBERS = 86_580_480  # of ViT-B/14
 def pytest_generate_tests(metafunc):
   """Runs the tests on every DINOv2 of the folder's config.json, and on the reference's."""
   if 'golden' in metafunc.fixturenames:
-    root = metafunc.config.getoption('--golden-root')
-    path = os.path.join(root, 'encoders', 'config.json')
-    known = []
-    if os.path.exists(path):
-      with open(path) as content:
-        known = [name for name in json.load(content) if name.startswith('dinov2_')]
-    names = known or ['dinov2_small.npz']  # a folder without any makes the tests fail
-    names.append(dinov2_reference.NAME)
+    names = [*files.networks(metafunc, 'dinov2_'), dinov2_reference.NAME]
     metafunc.parametrize('golden', names, indirect=True, scope='module')
 
 

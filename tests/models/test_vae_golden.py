@@ -26,13 +26,7 @@ PARTS = {  # of the official network
 def pytest_generate_tests(metafunc):
   """Runs the tests on every autoencoder that config.json of the folder names."""
   if 'golden' in metafunc.fixturenames:
-    root = metafunc.config.getoption('--golden-root')
-    path = os.path.join(root, 'encoders', 'config.json')
-    known = []
-    if os.path.exists(path):
-      with open(path) as content:
-        known = [name for name in json.load(content) if name.startswith('vae_')]
-    names = known or ['vae_small.npz']  # a folder without any makes the tests fail
+    names = files.networks(metafunc, 'vae_')
     metafunc.parametrize('golden', names, indirect=True, scope='module')
 
 
