@@ -51,7 +51,8 @@ flags
   --from     a folder of pictures (class folders or none), tfds:NAME[:SPLIT], SoFlow's .hdf5 or a
              folder with images/ and vae-sd/ as for REPA (prepare)
   --dtype    of stored moments, float16 (default) or float32 (prepare)
-  --shard_rows  images in a shard, what a kill loses at most; default 2048 (prepare)
+  --shard_rows  images in a shard, what a kill loses at most; default a sixteenth of them all, from
+             64 to 2048 (prepare)
   --weights  official .safetensors, or .pt, to read into a new workdir; of a training checkpoint
              config.sample.weights, ema or params, chooses ema_model or model (convert)
   --export   .safetensors to write, or .pt where torch is installed, official names and layouts;
@@ -102,7 +103,7 @@ def parse(argv):
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
   flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)
-  flags.DEFINE_integer('shard_rows', 2048, 'see USAGE', flag_values=values, lower_bound=1)
+  flags.DEFINE_integer('shard_rows', None, 'see USAGE', flag_values=values, lower_bound=1)
   for name in ('precision', 'loader'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)

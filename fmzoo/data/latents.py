@@ -54,11 +54,10 @@ class LatentSource:
     self._record = manifests.record_dtype(manifest)
     self._fields = self._wanted_fields()
     self._first_rows = np.cumsum([0, *(shard['count'] for shard in manifest.shards)])
-    files = []
-    for shard in manifest.shards:
-      file = _check_size(path, shard)
-      _check_rows(path, file, shard)
-      files.append(f'{file}[0:{shard["count"]}]')  # rows given, so it is not opened once more
+    files = [  # rows given, so that none is opened once more
+      f'{file}[0:{shard["count"]}]'
+      for file, shard in zip(check_shards(path, manifest), manifest.shards)
+    ]
     self._records = array_record_data_source.ArrayRecordDataSource(files)
 
   def _wanted_fields(self):
@@ -153,6 +152,18 @@ def verify(path):
         f'data.path={path}: shard {shard["name"]} has checksum {found}, manifest.json says'
         f' {shard["sha256"]}; copy or write it again'
       )
+
+
+def check_shards(path, manifest):
+  """Returns the paths of the shards, each with the size, rows and first record of the manifest.
+
+  Raises:
+    ValueError: names the first shard that is missing, cut short or of another run.
+  """
+  files = [_check_size(path, shard) for shard in manifest.shards]
+  for file, shard in zip(files, manifest.shards):
+    _check_rows(path, file, shard)
+  return files
 
 
 def _check_size(path, shard):

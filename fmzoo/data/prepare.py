@@ -26,10 +26,11 @@ from fmzoo.parallel import mesh as meshes
 ENCODED_ROWS = 8  # images a device encodes at a time: at 256 x 256, 0.3 GB for each large array
 AHEAD = 64  # images that are read before they are needed
 LOG_SECONDS = 30  # between lines of progress
+MOST_ROWS = 2048  # of a shard, unless one asks for more
 SHOWN = 5  # unreadable images that the last line names
 
 
-def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
+def prepare(recipe, source, *, dtype='float16', shard_rows=None):
   """Writes the latents of a source to the folder that the recipe reads, `data.path`.
 
   Moments are those of `data.vae`, also of the mirror images where `data.flip`; images are kept
@@ -39,7 +40,8 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
     recipe: build.Recipe with data.name='latents'.
     source: what data.images.open_source takes.
     dtype: of the stored moments, 'float16' or 'float32'.
-    shard_rows: images of a shard, which is what a kill loses at most.
+    shard_rows: images of a shard, which is what a kill loses at most; None is a sixteenth of them
+      all, from 64 to MOST_ROWS.
 
   Returns:
     data.manifests.Manifest.
@@ -63,6 +65,7 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=2048):
     dtype=dtype, mirrored=data.flip, source=rows.fingerprint(),
     image_shape=(*[sources.image_size(data)] * 2, 3) if has_image else (),
   )
+  shard_rows = shard_rows or min(max(len(rows) // 16, 64), MOST_ROWS)
   job = _open_job(path, manifest, count=len(rows), rows_per_shard=shard_rows)
   with shards.locked(path, jax.process_index()), Count(len(rows), job) as count:
     for shard in job.left(jax.process_index(), jax.process_count()):
@@ -170,7 +173,7 @@ class Count:
     self.total, self.done, self.begun = total, job.done(), time.time()
     self.first, self.told = self.done, self.begun
     self.bar = writer.Progress(total, self.done, unit='image')
-    if self.done:
+    if 0 < self.done < total:
       logging.info('%d of %d images are in finished shards, it goes on', self.done, total)
 
   def __enter__(self):

@@ -143,6 +143,7 @@ class Job:
     self.is_finished = (self.path / 'manifest.json').exists()
     if self.is_finished:
       self._expect_same('other latents', dataclasses.asdict(manifests.read(path)))
+      self._expect_whole()
       return
     if not (self.partial / 'plan.json').exists():
       if found := [*self.path.glob('latents-*.array_record')]:
@@ -166,10 +167,24 @@ class Job:
     plan = self._plan()
     for key in sorted(plan.keys() & found.keys()):
       if plan[key] != found[key]:
-        raise ValueError(
-          f'{self.path} holds {what}: {key} was {found[key]!r} and is now {plan[key]!r}; go on with'
-          ' what it was, remove the folder or choose another'
+        was, is_now = (repr(value[key])[:100] for value in (found, plan))
+        change = (
+          'the names, sizes or labels of the source have changed since' if key == 'source'
+          else f'{key} was {was} and is now {is_now}'
         )
+        raise ValueError(
+          f'{self.path} holds {what}: {change}; go on with what it was, remove the folder or choose'
+          ' another'
+        )
+
+  def _expect_whole(self):
+    """Refuses a finished folder with a damaged shard, which cannot be written by itself."""
+    try:
+      latents.check_shards(self.path, manifests.read(self.path))
+    except ValueError as error:
+      raise ValueError(
+        f'{error}: to have `prepare` write it, remove the whole folder first'
+      ) from error
 
   def left(self, process_index=0, process_count=1):
     """Returns the shards that this process has still to write."""
@@ -198,6 +213,8 @@ class Job:
       ValueError: names a row that cannot be stored.
     """
     records = (encode(row, name, self.manifest) for name, row in rows)
+    for left_over in self.partial.glob(f'{shard:05d}.*.tmp'):  # of a process that was killed
+      left_over.unlink()
     temporary = self.partial / f'{shard:05d}.{os.getpid()}.tmp'
     entry = _write_shard(temporary, records)
     name = shard_name(shard, self.shards)

@@ -279,6 +279,17 @@ def test_a_finished_job_is_left_as_it_is(folder, whole):
   assert contents(whole) == before
 
 
+def test_small_sources_are_cut_finely_by_themselves(folder, tmp_path, monkeypatch):
+  """Sixteen shards of equal size, of no fewer rows than is worth a file, and no more than set."""
+  jobs = []
+  monkeypatch.setattr(prepare, '_open_job', lambda *args, **sizes: jobs.append(sizes))
+  for count in (21, 1600, 10**6):
+    monkeypatch.setattr(images.ImageFolder, '__len__', lambda self, count=count: count)
+    with pytest.raises(AttributeError):  # of a job that is none
+      run(folder, tmp_path, shard_rows=None)
+  assert [sizes['rows_per_shard'] for sizes in jobs] == [64, 100, 2048]
+
+
 def test_another_vae_does_not_go_on_with_the_job(folder, tmp_path):
   with pytest.MonkeyPatch.context() as monkeypatch:
     break_off(monkeypatch, READING, after=6)

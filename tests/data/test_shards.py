@@ -93,6 +93,7 @@ def test_a_job_that_stopped_goes_on_to_the_same_bytes(tmp_path, whole, after, mo
   assert again.left() == ([2] if after == 'entry' else [1, 2])
   assert again.done() == (8 if after == 'entry' else 4)
   write(again, again.left())
+  assert not list((folder / 'partial').glob('*.tmp'))
   again.finish()
   assert contents(folder) == contents(whole)
 
@@ -130,7 +131,7 @@ def test_a_shard_without_readable_rows_has_no_file(tmp_path):
 
 
 @pytest.mark.parametrize('changes,words', [
-  ({'source': 'other'}, "source was 'toy' and is now 'other'"),
+  ({'source': 'other'}, 'the names, sizes or labels of the source have changed since; go on with'),
   ({'count': 12}, 'rows was 11 and is now 12'),
   ({'vae_hash': 'def'}, "vae_hash was 'abc' and is now 'def'"),
   ({'vae_dtype': 'bfloat16'}, "vae_dtype was 'float32' and is now 'bfloat16'"),
@@ -156,9 +157,21 @@ def test_a_finished_job_has_nothing_left(tmp_path, whole):
   assert contents(whole) == before
 
 
+@pytest.mark.parametrize('harm', ['gone', 'cut'])
+def test_a_finished_job_that_lost_a_shard_is_not_called_finished(whole, harm):
+  file = whole / shards.shard_name(1, 3)
+  content = file.read_bytes()
+  file.unlink()
+  if harm == 'cut':
+    file.write_bytes(content[:-5])
+  with pytest.raises(ValueError, match=f'shard {file.name} .* remove the whole folder first'):
+    job(whole)
+  assert (whole / 'manifest.json').exists()
+
+
 def test_other_latents_are_not_written_over(whole):
   before = contents(whole)
-  with pytest.raises(ValueError, match="holds other latents: source was 'toy' and is now 'other'"):
+  with pytest.raises(ValueError, match='holds other latents: the names, sizes or labels of the'):
     job(whole, source='other')
   assert contents(whole) == before
 
