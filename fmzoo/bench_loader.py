@@ -53,7 +53,7 @@ def bench(recipe):
     most = count if is_cold else None  # what comes after it is still cold
     _, warm, _ = rate(recipe, rows, workers, most, settled)
     print(
-      f'| {workers} | {first:.2f} | {f"{cold:.0f}" if is_cold else ""} | {warm:.0f} |'
+      f'| {workers} | {first:.3g} | {f"{cold:.0f}" if is_cold else ""} | {warm:.0f} |'
       f' {warm * size / 1e6:.3g} |'
     )
 
