@@ -80,9 +80,14 @@ def get():
     'num_steps': 1,  # network calls; per segment for BFM
   })
   config.eval = ConfigDict({
-    'name': 'none',  # 'digits': accuracy and Fréchet distance; 'none'
-    'num_images': 1800,  # generated for it
-    'every_steps': 0,  # 0 is at the end only
+    'name': 'inception',  # 'inception': FID, sFID, IS, precision, recall; 'digits'; 'none'
+    'num_images': 50_000,  # generated for it, with the labels that sample.labels says
+    'every_steps': -1,  # in training; 0 is at the end only, -1 never: the command `evaluate` does it
+    'batch_size': 64,  # images that Inception sees at a time, on a host
+    'inception': '',  # its weights; '' is $FMZOO_DATA_DIR or data/, then the official file's name
+    'reference': '',  # .npz of real images' statistics: ADM's, or of evaluate --make_reference
+    'resize': 'tf1',  # to 299 pixels: 'tf1' (ADM, TensorFlow) or 'ptfid' (pytorch-fid)
+    'distances': 'float32',  # of precision and recall, or 'float16' as ADM's evaluator has them
   })
   config.mesh = ConfigDict({
     'data': -1,  # devices along the data axis; -1 is all

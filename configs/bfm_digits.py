@@ -57,5 +57,5 @@ def get_config():
   config.sample.guidance_interval = (0.0, 1.0)
   config.sample.sampler = 'ode'
   config.sample.sde_end = 'corrected'
-  config.eval.name = 'digits'
+  config.eval.update(name='digits', num_images=1800, every_steps=0)
   return config

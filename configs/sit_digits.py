@@ -43,5 +43,5 @@ def get_config():
   config.sample.num_steps = 48
   config.sample.guidance = 1.0
   config.sample.solver = 'euler'
-  config.eval.name = 'digits'
+  config.eval.update(name='digits', num_images=1800, every_steps=0)
   return config

@@ -39,5 +39,5 @@ def get_config():
   config.ema.ramp = True
   config.sample.num_steps = 1
   config.sample.renoise = True
-  config.eval.name = 'digits'
+  config.eval.update(name='digits', num_images=1800, every_steps=0)
   return config

@@ -14,7 +14,7 @@ import jax
 
 from fmzoo import optimizer, paths
 from fmzoo.methods import base, flow
-from fmzoo.models import digits_encoder, vae
+from fmzoo.models import digits_encoder, inception, vae
 from fmzoo.parallel import mesh as meshes
 
 METHODS = {  # fmzoo/methods/<name>.py, and what its network may be
@@ -36,9 +36,12 @@ CHOICES = {
   'optim.name': optimizer.NAMES,
   'optim.schedule': ('constant', 'cosine'),
   'sample.weights': ('ema', 'params'),
-  'eval.name': ('none', 'digits'),
+  'eval.name': ('none', 'digits', 'inception'),
+  'eval.resize': inception.INPUTS,
+  'eval.distances': ('float32', 'float16'),
 }
-LOCAL = ('run.init_from', 'data.vae', 'data.encoder')  # keys whose paths must be of this machine
+# Keys whose paths must be of this machine.
+LOCAL = ('run.init_from', 'data.vae', 'data.encoder', 'eval.inception', 'eval.reference')
 LIMITS = {  # lowest and highest value that can work; None is no limit
   'run.seed': (0, 2**32 - 1), 'run.steps': (1, 2**31 - 1),
   'data.batch_size': (1, None), 'data.latent_size': (1, None), 'data.channels': (1, None),
@@ -57,7 +60,7 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
   'optim.max_bad_steps': (1, None), 'ema.decay': (0, 1), 'ema.every_steps': (1, None),
   'sample.num_images': (1, None), 'sample.batch_size': (1, None), 'sample.seed': (0, 2**32 - 1),
   'sample.num_steps': (1, None), 'sample.guidance': (0, None),
-  'eval.num_images': (1, None), 'eval.every_steps': (0, None),
+  'eval.num_images': (2, None), 'eval.every_steps': (-1, None), 'eval.batch_size': (1, None),
   'log.log_every_steps': (1, None), 'log.preview_every_steps': (0, None),
   'log.checkpoint_every_steps': (0, None), 'log.keep_last': (1, None),
 }
@@ -150,6 +153,11 @@ class Eval:
   name: str
   num_images: int
   every_steps: int
+  batch_size: int
+  inception: str
+  reference: str
+  resize: str
+  distances: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,18 @@ from fmzoo import paths
 COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'train': (),
   'sample': ('step',),
-  'evaluate': ('step', 'samples'),
+  'evaluate': ('step', 'samples', 'make_reference', 'from', 'compare'),
   'prepare': ('from', 'dtype', 'shard_rows'),
   'convert': ('step', 'weights', 'export'),
   'bench': ('against', 'runs', 'precision', 'loader'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('step', 'samples'): 'measure a checkpoint or a file',
+  ('step', 'make_reference'): 'a reference is made of real images',
+  ('samples', 'make_reference'): 'a reference is made of --from=SOURCE',
+  ('compare', 'step'): 'results that are there are compared',
+  ('compare', 'samples'): 'results that are there are compared',
+  ('compare', 'make_reference'): 'results that are there are compared',
   ('weights', 'export'): 'read a file of official weights or write one',
   ('step', 'weights'): 'a checkpoint is chosen for --export',
   ('against', 'precision'): 'compare samplers or policies of rounding',
@@ -29,7 +34,7 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('precision', 'loader'): 'look at rounding or at reading',
   ('runs', 'loader'): 'reading is timed by the clock, not in runs',
 }
-PATHS = ('workdir', 'samples', 'weights', 'export', 'from')  # flags that name a file or folder
+PATHS = ('workdir', 'samples', 'weights', 'export', 'from', 'make_reference')  # flags that name a file or folder
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
 
@@ -38,7 +43,7 @@ fmzoo: blockwise flow matching and solution flow models in JAX.
 commands
   train      train, preview, checkpoint, evaluate; the same command again goes on (default)
   sample     checkpoint to images: .npz, grid PNG and, with --config.sample.png_folder, PNGs
-  evaluate   checkpoint, or --samples=FILE.npz, to metrics and protocol.json
+  evaluate   checkpoint, or --samples, to metrics and protocol.json; --make_reference; --compare
   prepare    pictures (--from) to latents in data.path, as the recipe needs them; again: goes on
   convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
   bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
@@ -47,9 +52,14 @@ flags
   --config   recipe, such as configs/soflow_digits.py; without it the workdir's config.json
   --workdir  where the run lives; default runs/<recipe name>
   --step     checkpoint to use, in finished steps; default the newest (sample, evaluate, convert)
-  --samples  images to measure (evaluate)
+  --samples  images to measure: ADM .npz or folder of PNGs (evaluate)
+  --make_reference  .npz to write with the statistics of real images, those of --from or else the
+             recipe's data; config.eval.reference then reads it (evaluate)
+  --compare  two results, A,B: folders in evaluations/; prints them and what differs in how they came
+             about (evaluate)
   --from     a folder of pictures (class folders or none), tfds:NAME[:SPLIT], SoFlow's .hdf5 or a
-             folder with images/ and vae-sd/ as for REPA (prepare)
+             folder with images/ and vae-sd/ as for REPA (prepare; evaluate --make_reference, which
+             takes an .npz of images, too)
   --dtype    of stored moments, float16 (default) or float32 (prepare)
   --shard_rows  images in a shard, what a kill loses at most; default a sixteenth of them all, from
              64 to 2048 (prepare)
@@ -93,9 +103,11 @@ def parse(argv):
     paths.expect_local(f'--{name}', flag_value(argv, name))
   recipe, argv = without_recipe(argv, 'config')
   against, argv = without_recipe(argv, 'against')
-  recipes = {
-    'config': stored_config(argv) if recipe is None else recipe_config('config', recipe)
-  }
+  if recipe is not None:
+    recipes = {'config': recipe_config('config', recipe)}
+  else:  # results are compared without any
+    is_needed = flag_value(argv, 'compare') is None
+    recipes = {'config': stored_config(argv) if is_needed else ConfigDict()}
   if against is not None:
     recipes['against'] = recipe_config('against', against)
   values = flags.FlagValues()
@@ -106,6 +118,7 @@ def parse(argv):
   flags.DEFINE_integer('shard_rows', None, 'see USAGE', flag_values=values, lower_bound=1)
   for name in ('precision', 'loader'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
+  flags.DEFINE_list('compare', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   for name, chosen in recipes.items():
     expect_known_keys(name, chosen, argv)
@@ -149,6 +162,8 @@ def check_flags(command, given):
   for (first, second), choice in EXCLUSIVE.items():
     if {first, second} <= given:
       raise ValueError(f'--{first} and --{second} exclude each other: {choice}')
+  if command == 'evaluate' and 'from' in given and 'make_reference' not in given:
+    raise ValueError("'evaluate' takes --from=SOURCE with --make_reference=FILE.npz only; see --help")
   if command == 'prepare' and 'from' not in given:
     raise ValueError("'prepare' needs --from=SOURCE, such as a folder of pictures; see --help")
   if command == 'convert' and not given & {'weights', 'export'}:

@@ -1,92 +1,170 @@
-"""Checkpoint or samples to metrics, with the protocol beside the numbers."""
+"""Checkpoint or images to metrics, with the protocol beside the numbers."""
 
+import hashlib
+import json
 import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from fmzoo import pictures, sample
-from fmzoo.metrics import digits, protocol
+from fmzoo import evaluators, picture_stream, pictures, sample
+from fmzoo.metrics import protocol
+from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 
+class Collected(NamedTuple):
+  """All that `report` needs, on the host: the devices have done their part."""
+
+  name: str  # of the result's folder
+  found: Any  # what the evaluator collected
+  labels: np.ndarray | None  # [N] int32 that were asked for, where there are any
+  images: dict  # how the images came about
+  values: dict  # {metric: number} that are known already
+
+
 def evaluate(recipe, workdir, at_step=None, samples=None):
-  """Measures a checkpoint of a workdir, or the images of an ADM `.npz`.
+  """Measures a checkpoint of a workdir, or images on disk.
 
   Args:
-    recipe: build.Recipe; `eval.name` says what is measured.
+    recipe: build.Recipe; section `eval` says what is measured and how.
     workdir: results go to its evaluations/.
     at_step: finished steps of the checkpoint; None is the newest.
-    samples: `.npz` with arr_0 (uint8 [n, H, W, C]) and labels; None generates from the checkpoint.
+    samples: ADM `.npz` or folder of PNGs; None generates eval.num_images from the checkpoint.
 
   Returns:
-    {metric: float}.
+    {metric: float}; {} in all processes but the main one.
+
+  Raises:
+    ValueError: one line, if something is missing or does not fit.
   """
-  if recipe.eval.name != 'digits':
-    raise ValueError(
-      f"eval.name='{recipe.eval.name}' measures nothing; set --config.eval.name=digits for digits"
-    )
+  evaluator = evaluators.make(recipe)
   if samples is not None:
-    images, labels = pictures.load_npz(samples)
-    values = digits.evaluate_digits(images, labels)
-    return _report(
-      pathlib.Path(workdir) / 'evaluations' / pathlib.Path(samples).stem, values,
-      {'samples': str(samples), 'num_images': len(images)},
-    )
+    return report(workdir, evaluator, collect_files(evaluator, samples))
   mesh = meshes.make(recipe.mesh)
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
-  return evaluate_params(
-    recipe, workdir, sample.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
+  collected = collect(
+    recipe, evaluator, sample.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
   )
+  return report(workdir, evaluator, collected)
 
 
-def evaluate_params(recipe, workdir, sampler, params, done, *, weights):
-  """Generates eval.num_images with balanced labels and measures them.
+def collect_files(evaluator, path):
+  """Shows the images of an `.npz`, or of a folder of PNGs, to an evaluator; returns Collected."""
+  path, digest = pathlib.Path(path), hashlib.sha256()
+
+  def hashed(batches):
+    for batch in batches:
+      digest.update(np.ascontiguousarray(batch))
+      yield batch
+
+  with picture_stream.open_images(path) as images:
+    found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), len(images))
+    about = {
+      'file': path.name, 'num_images': len(images), 'shape': list(images.shape),
+      'pixels_sha256': digest.hexdigest(),
+    }
+    labels = images.labels
+  beside = path.with_suffix('.json')  # the command `sample` writes it
+  about |= json.loads(beside.read_text()) if beside.is_file() else {}
+  return Collected(path.stem, found, labels, about, {})
+
+
+def collect(recipe, evaluator, sampler, params, done, *, weights):
+  """Generates eval.num_images and shows them to an evaluator.
 
   Args:
     recipe: build.Recipe.
-    workdir: results go to its evaluations/.
+    evaluator: of evaluators.make.
     sampler: sample.Sampler of the recipe.
     params: tree.
     done: finished steps of these parameters, for the protocol.
     weights: what they are, 'ema' or 'params', for the protocol.
 
   Returns:
-    {metric: float}.
+    Collected.
+
+  Raises:
+    ValueError: if the network makes numbers that are not finite.
   """
-  labels = sample.choose_labels(
-    'balanced', recipe.eval.num_images, recipe.data.num_classes, recipe.sample.seed
+  count, settings = recipe.eval.num_images, recipe.sample
+  labels = sample.choose_labels(settings.labels, count, recipe.data.num_classes, settings.seed)
+  batches = finite(sampler.batches(params, labels, settings.seed))
+  found = evaluator.collect(batches, count)
+  about = sample.protocol(
+    recipe, params, done, labels=settings.labels, num_images=count, weights=weights
   )
-  images = pictures.to_uint8(sampler(params, labels, recipe.sample.seed, progress=True))
-  values = digits.evaluate_digits(images, labels)
-  values['gmac_per_image'] = sampler.macs_per_image(params) / 1e9
-  folder = pathlib.Path(workdir) / 'evaluations' / result_name(recipe, done, weights)
-  return _report(folder, values, {
-    'step': int(done),
-    'method': recipe.method_name,
-    'weights': weights,
-    'num_images': len(images),
-    'labels': 'balanced',
-    'seed': recipe.sample.seed,
-    'sampler': {key: _plain(value) for key, value in recipe.sample_options.items()},
-    'pixels': 'uint8',
-    'code': protocol.code_version(),
-  })
+  values = {'gmac_per_image': sampler.macs_per_image(params) / 1e9}
+  return Collected(result_name(recipe, done, weights), found, labels, about, values)
+
+
+def finite(batches):
+  """Yields batches of images as uint8, and refuses numbers that pictures would hide."""
+  first = 0
+  for batch in batches:
+    if not np.isfinite(batch).all():
+      wrong = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
+      raise ValueError(
+        f'image {first + wrong[0]} and {len(wrong) - 1} others of {len(batch)} hold numbers that'
+        ' are not finite: the network has diverged; measure an earlier checkpoint, --step'
+      )
+    first += len(batch)
+    yield pictures.to_uint8(batch)
 
 
 def result_name(recipe, done, weights):
   """Returns the folder, below evaluations/, of a measurement of a checkpoint."""
-  return f'step={done}_n={recipe.eval.num_images}_{sample.describe(recipe, weights=weights)}'
+  chosen = sample.describe(recipe, weights=weights, labels=recipe.sample.labels)
+  return f'step={done}_n={recipe.eval.num_images}_{recipe.eval.name}_{chosen}'
 
 
-def _plain(value):
-  return list(value) if isinstance(value, tuple) else value
+def report(workdir, evaluator, collected):
+  """Computes the metrics, writes them with their protocol and says where.
 
-
-def _report(folder, values, settings):
-  """Writes the result and says where it is."""
-  values = {name: float(np.asarray(value)) for name, value in values.items()}
-  protocol.write_result(folder, values, settings)
+  Returns:
+    {metric: float}; {} in all processes but the main one.
+  """
+  if not hosts.is_main():
+    return {}
+  values, notes = evaluator.values(collected.found, collected.labels)
+  values = {name: float(value) for name, value in (values | collected.values).items()}
+  folder = pathlib.Path(workdir) / 'evaluations' / collected.name
+  protocol.write_result(folder, values, {
+    'images': collected.images, 'metrics': evaluator.settings, 'notes': notes,
+    'code': protocol.code_version(),
+  })
   shown = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
   logging.info('%s: %s', shown, folder)
   return values
+
+
+def compare(folders):
+  """Prints two results side by side, and what differs in how they came about.
+
+  Args:
+    folders: two, with metrics.json and protocol.json.
+
+  Raises:
+    ValueError: one line, if there are not two or one of them is no result.
+  """
+  if len(folders) != 2:
+    raise ValueError(f'--compare={",".join(folders)} names {len(folders)} results, expected A,B')
+  first, second = folders
+  (metrics, about), (others, about_other) = map(protocol.read_result, (first, second))
+  print(f'A: {first}\nB: {second}\n')
+  print(f'{"metric":<24} {"A":>12} {"B":>12}')
+  for name in dict.fromkeys([*metrics, *others]):
+    shown = (_shown(values.get(name)) for values in (metrics, others))
+    print(f'{name:<24} {next(shown):>12} {next(shown):>12}')
+  if differences := protocol.differences(about, about_other):
+    print('\nprotocols differ, so the numbers do not compare unless this is what is compared:')
+    for key, value, other in differences:
+      print(f'  {key}: {value} | {other}')
+  else:
+    print('\nprotocols are the same')
+
+
+def _shown(value):
+  """Returns a number as a table has it; '' where there is none."""
+  return '' if value is None else f'{value:.6g}'

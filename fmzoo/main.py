@@ -18,6 +18,8 @@ def run(argv):
   from fmzoo import build, writer  # after help and bad flags: jax takes its time
 
   writer.setup_logging()
+  if values.compare is not None:
+    return _compare(values.compare)
   return COMMANDS[command](build.recipe(config), workdir, values) or 0
 
 
@@ -37,10 +39,21 @@ def _sample(recipe, workdir, values):
 
 
 def _evaluate(recipe, workdir, values):
-  """See evaluate.evaluate."""
+  """See evaluate.evaluate and make_reference.make_reference."""
   from fmzoo import evaluate
 
+  if values.make_reference:
+    from fmzoo import make_reference
+
+    return make_reference.make_reference(recipe, values.make_reference, values['from'].value)
   evaluate.evaluate(recipe, workdir, values.step, values.samples)
+
+
+def _compare(folders):
+  """See evaluate.compare."""
+  from fmzoo import evaluate
+
+  evaluate.compare(folders)
 
 
 def _prepare(recipe, workdir, values):

@@ -11,10 +11,14 @@ from fmzoo.convert import vae as official_vae
 from fmzoo.models import vae
 
 
+def data_root():
+  """Returns the folder of all data that no key says otherwise of, FMZOO_DATA_DIR or data/."""
+  return os.environ.get('FMZOO_DATA_DIR', 'data')
+
+
 def data_path(data):
   """Returns the folder of a data set that is on disk."""
-  root = os.environ.get('FMZOO_DATA_DIR', 'data')
-  return data.path or os.path.join(root, data.name)
+  return data.path or os.path.join(data_root(), data.name)
 
 
 def is_aligned(recipe):

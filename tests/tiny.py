@@ -47,7 +47,7 @@ def config(method, **changes):
   config.run.steps = 4
   config.log.update(log_every_steps=2, preview_every_steps=0, checkpoint_every_steps=2)
   config.sample.update(num_images=10, batch_size=10)
-  config.eval.update(name='none', num_images=20)
+  config.eval.update(name='none', num_images=20, every_steps=0)
   if method == 'soflow_unet':
     config.model.update(
       width=16, multipliers=(1,), blocks=1, attention_resolutions=(), dtype='float32'

@@ -18,7 +18,10 @@ What `open_source` returns holds to this, whatever the source:
 """
 
 import array
+import collections
+import concurrent.futures
 import hashlib
+import itertools
 import os
 import re
 
@@ -36,6 +39,7 @@ FORMS = (
   'tfds:NAME[:SPLIT], a .hdf5 file of stored moments, a folder with vae-sd/dataset.json,'
   ' or a folder of pictures'
 )
+AHEAD = 64  # rows that are read before they are needed
 SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test'))
 
 
@@ -80,6 +84,42 @@ def open_source(spec, size, with_pixels):
   if os.path.isdir(path):
     return ImageFolder(path, size)
   raise ValueError(f'--from={spec} is a file of another kind; expected {FORMS}')
+
+
+def read_ahead(rows, indices, num_threads):
+  """Yields each row, or why it cannot be read, while threads read those that follow.
+
+  Args:
+    rows: a source.
+    indices: of the rows, in order.
+    num_threads: 0 reads a row when it is asked for.
+
+  Yields:
+    A row, or the `Unreadable` that reading it raised.
+  """
+
+  def read(index):
+    """Returns one of either."""
+    try:
+      return rows[index]
+    except Unreadable as error:
+      return error
+
+  if not num_threads:
+    yield from map(read, indices)
+    return
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
+    coming, left = collections.deque(), iter(indices)
+    try:
+      while True:
+        room = AHEAD + num_threads - len(coming)
+        coming.extend(threads.submit(read, index) for index in itertools.islice(left, room))
+        if not coming:
+          return
+        yield coming.popleft().result()
+    finally:
+      for future in coming:
+        future.cancel()
 
 
 class ImageFolder:

@@ -5,8 +5,6 @@ depends on the source, the VAE and the recipe alone, so a job that was killed go
 not been.
 """
 
-import collections
-import concurrent.futures
 import functools
 import itertools
 import pathlib
@@ -24,7 +22,6 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 ENCODED_ROWS = 8  # images a device encodes at a time: at 256 x 256, 0.3 GB for each large array
-AHEAD = 64  # images that are read before they are needed
 LOG_SECONDS = 30  # between lines of progress
 MOST_ROWS = 2048  # of a shard, unless one asks for more
 SHOWN = 5  # unreadable images that the last line names
@@ -201,40 +198,13 @@ class Count:
 
 def _readable(rows, indices, num_threads, unreadable, count):
   """Yields (name, row) of the images that can be read, in order; the names of others are kept."""
-  for index, row in zip(indices, _ahead(rows, indices, num_threads)):
+  for index, row in zip(indices, images.read_ahead(rows, indices, num_threads)):
     if isinstance(row, images.Unreadable):
       unreadable.append(row.name)
       logging.warning('left out, it cannot be read: %s (%s)', row.name, row.reason)
     else:
       yield rows.name_of(index), row
     count.add()
-
-
-def _ahead(rows, indices, num_threads):
-  """Yields each row, or why it cannot be read, while threads read those that follow."""
-
-  def read(index):
-    """Returns one of either."""
-    try:
-      return rows[index]
-    except images.Unreadable as error:
-      return error
-
-  if not num_threads:
-    yield from map(read, indices)
-    return
-  with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
-    coming, left = collections.deque(), iter(indices)
-    try:
-      while True:
-        room = AHEAD + num_threads - len(coming)
-        coming.extend(threads.submit(read, index) for index in itertools.islice(left, room))
-        if not coming:
-          return
-        yield coming.popleft().result()
-    finally:
-      for future in coming:
-        future.cancel()
 
 
 def _rows(readable, encoder, has_image):

@@ -9,6 +9,9 @@ import subprocess
 
 import fmzoo
 
+FULL = 50_000  # images of the field's FID; a distance of fewer or more is named after its number
+ABSENT = 'not told'  # in place of a value that one of two protocols does not have
+
 
 def write_result(folder, metrics, protocol):
   """Writes metrics.json and protocol.json.
@@ -35,6 +38,52 @@ def write_result(folder, metrics, protocol):
     temporary = folder / f'{name}.{os.getpid()}.tmp'
     temporary.write_text(text + '\n')
     os.replace(temporary, folder / name)
+
+
+def read_result(folder):
+  """Reads what `write_result` wrote.
+
+  Returns:
+    (metrics, protocol).
+
+  Raises:
+    ValueError: one line, if there is no result or it is damaged.
+  """
+  try:
+    metrics, protocol = (
+      json.loads((pathlib.Path(folder) / f'{name}.json').read_text())
+      for name in ('metrics', 'protocol')
+    )
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f'{folder} holds no result: {error}; expected a folder with metrics.json and protocol.json,'
+      ' such as a workdir has in evaluations/'
+    ) from error
+  return metrics, protocol
+
+
+def differences(first, second):
+  """Returns [(dotted key, value, other value)] of what differs between two protocols, sorted."""
+  first, second = _flat(first), _flat(second)
+  return [
+    (key, first.get(key, ABSENT), second.get(key, ABSENT))
+    for key in sorted(first.keys() | second.keys())
+    if first.get(key, ABSENT) != second.get(key, ABSENT)
+  ]
+
+
+def _flat(tree, above=''):
+  """Turns nested dicts into one with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    inside = isinstance(value, dict) and value
+    flat |= _flat(value, f'{above}{key}.') if inside else {f'{above}{key}': value}
+  return flat
+
+
+def metric_name(metric, count):
+  """Returns the name of a distance that depends on the number of images, such as 'fid-5000'."""
+  return metric if count == FULL else f'{metric}-{count}'
 
 
 def code_version():

@@ -1,0 +1,195 @@
+"""How images are measured: by a classifier of digits, or by Inception as ADM's evaluator does.
+
+An evaluator does the work of the devices in `collect`, in a process of its own on each host, and
+the rest in `values`, which training leaves to a thread.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+
+from fmzoo import sources, writer
+from fmzoo.convert import inception as official
+from fmzoo.metrics import activations, digits, frechet, precision_recall, protocol, reference
+from fmzoo.metrics import inception_score, moments
+from fmzoo.models import inception
+from fmzoo.parallel import hosts
+from fmzoo.parallel import mesh as meshes
+
+
+def make(recipe):
+  """Returns the evaluator that `eval.name` names.
+
+  Args:
+    recipe: build.Recipe.
+
+  Raises:
+    ValueError: one line, if it measures nothing or a file that it needs is not there.
+  """
+  if recipe.eval.name == 'digits':
+    return Digits()
+  if recipe.eval.name == 'inception':
+    return Inception(recipe)
+  raise ValueError(
+    f"eval.name='{recipe.eval.name}' measures nothing; set --config.eval.name=inception, or digits"
+    ' for 8x8 digits'
+  )
+
+
+class Digits:
+  """Accuracy and Fréchet distance of 8x8 digits, see metrics.digits."""
+
+  settings = {'name': 'digits'}
+  batch_size = 1000
+
+  def collect(self, batches, count, first=0):
+    """Returns the images of all hosts, [N, 8, 8, 1] uint8; see Inception.collect."""
+    del first  # the hosts are in order
+    images = np.concatenate(list(batches))
+    return np.concatenate(hosts.gather(images))
+
+  def values(self, images, labels):
+    """Returns ({metric: number}, [notes]) of what was collected, and labels [N]."""
+    if labels is None:
+      raise ValueError(
+        "eval.name='digits' compares images with the labels asked for, these have none; measure an"
+        ' .npz of the command `sample`, or use --config.eval.name=inception'
+      )
+    return digits.evaluate_digits(images, labels), []
+
+
+class Inception:
+  """FID, sFID, Inception score, precision and recall, as ADM's evaluator computes them.
+
+  All that can be refused is refused when it is made.
+
+  Attributes:
+    settings: of the protocol.
+    batch_size: images at a time.
+  """
+
+  def __init__(self, recipe, with_reference=True):
+    """Reads weights and, where something is compared with it, the reference."""
+    config = recipe.eval
+    path = config.inception or str(sources.data_root() / official.FILE)
+    self.params, network = official.load(path), inception.OFFICIAL
+    self.distances, self.mesh = config.distances, meshes.local()
+    self.batch_size = -(-config.batch_size // self.mesh.size) * self.mesh.size
+    weights = reference.file_sha256(path)
+    if weights != official.SHA256:
+      logging.warning(
+        'eval.inception=%s has SHA-256 %s..., the official %s has %s...: these numbers compare with'
+        ' no others', path, weights[:12], official.FILE, official.SHA256[:12],
+      )
+    self.network = {'inception_sha256': weights, 'resize': config.resize}
+    self.program = activations.make_program(
+      network, config.resize, meshes.rows_sharded(self.mesh), meshes.replicated(self.mesh)
+    )
+    self.settings = {'name': 'inception', **self.network}
+    if with_reference:
+      self.reference = self._read(config.reference, inception.feature_widths(network))
+      self.settings |= {
+        'reference': self.reference.protocol, 'inception_score_split': inception_score.SPLIT,
+        'neighbours': precision_recall.NEIGHBOURS, 'distances': config.distances,
+      }
+
+  def collect(self, batches, count, first=0, every=1):
+    """Returns what `values` needs of images.
+
+    Args:
+      batches: this host's images in order, [<= n, H, W, 1 or 3] uint8.
+      count: how many those are, for the progress.
+      first: index of their first among those of all hosts.
+      every: every n-th image is kept for precision and recall.
+
+    Returns:
+      metrics.activations.Activations of the images of all hosts.
+    """
+    parts = hosts.gather(self._measure(batches, count, first, every))
+    merged = parts[0]
+    for part in parts[1:]:
+      merged = activations.merge(merged, part)
+    return merged
+
+  def values(self, found, labels=None):
+    """Returns ({metric: number}, [notes]) of what was collected; labels are not looked at."""
+    del labels
+    count, known = found.pool.count, self.reference
+    values, notes = {}, []
+    for metric, gaussian in (('fid', known.pool), ('sfid', known.spatial)):
+      statistics = found.pool if metric == 'fid' else found.spatial
+      if gaussian is None:
+        notes.append(f'no {metric}: eval.reference holds no statistics of those features')
+        continue
+      distance = frechet.distance(
+        statistics.mean, moments.covariance(statistics), gaussian.mean, gaussian.covariance
+      )
+      values[protocol.metric_name(metric, count)] = distance.value
+      values[f'{metric}_error'] = distance.error
+      if count <= len(statistics.mean):
+        notes.append(
+          f'{metric} of {count} images: their covariance of {len(statistics.mean)} features has'
+          f' rank {count - 1} at most, and the distance is far too high; generate more'
+        )
+    score = inception_score.result(found.score)
+    values |= {'inception_score': score.mean, 'inception_score_std': score.std}
+    if known.features is None:
+      notes.append('no precision and recall: eval.reference holds neither images nor features')
+    else:
+      pair = precision_recall.precision_recall(
+        known.features, found.features, half=self.distances == 'float16'
+      )
+      values |= {'precision': pair.precision, 'recall': pair.recall}
+    for note in notes:
+      logging.warning(note)
+    return values, notes
+
+  def _measure(self, batches, count, first=0, every=1):
+    """Returns the Activations of this host's images."""
+    params = jax.device_put(self.params, meshes.replicated(self.mesh))
+    with writer.Progress(count, unit='image') as progress:
+      return activations.measure(
+        lambda images: self.program(params, images), batches, batch_size=self.batch_size,
+        first=first, every=every, advance=progress.update,
+      )
+
+  def _read(self, path, widths):
+    """Returns the reference with all that its images can give."""
+    if not path:
+      raise ValueError(
+        "eval.reference='' names no statistics of real images to compare with;"
+        f' {reference.ADM}, and evaluate --make_reference=FILE.npz makes them of any pictures'
+      )
+    known = reference.read(path, widths)
+    for key, value in self.network.items():
+      if known.protocol.get(key, value) != value:
+        raise ValueError(
+          f"eval.reference={path} was made with {key} '{known.protocol[key]}', this evaluation has"
+          f" '{value}'; use the same or make the reference again"
+        )
+    if not known.has_images or (known.pool and known.features is not None):
+      return known
+    made = self._of_images(path, known.protocol['sha256'], widths)
+    return known._replace(
+      pool=known.pool or made.pool, spatial=known.spatial or made.spatial, features=made.features
+    )
+
+  def _of_images(self, path, sha256, widths):
+    """Returns the Reference that the images of a reference are; it is kept beside them."""
+    key = f'{self.network["resize"]}-{self.network["inception_sha256"][:8]}'
+    kept = pathlib.Path(f'{path.removesuffix(".npz")}.{sha256[:8]}-{key}.npz')
+    if kept.exists():
+      return reference.read(kept, widths)
+    logging.info('Inception sees the images of %s, once', path)
+    with picture_stream.open_images(path) as images:
+      every = reference.every(len(images))
+      found = self._measure(images.batches(self.batch_size), len(images), every=every)
+    if hosts.is_main():
+      try:
+        reference.write(kept, found, {**self.network, 'of': sha256})
+        logging.info('their activations are kept: %s', kept)
+      except OSError as error:
+        logging.warning('their activations cannot be kept, it will be done again: %s', error)
+    return reference.of(found)

@@ -1,0 +1,89 @@
+"""Real images to the statistics that generated ones are compared with."""
+
+import numpy as np
+from absl import logging
+
+from fmzoo import evaluators, picture_stream, pictures, sources
+from fmzoo.data import images
+from fmzoo.metrics import protocol, reference
+from fmzoo.parallel import hosts
+
+
+def make_reference(recipe, path, source=None):
+  """Writes the statistics of real images, for eval.reference.
+
+  Args:
+    recipe: build.Recipe; section `eval` says which Inception sees them, and how.
+    path: `.npz` to write.
+    source: `.npz` of images, or what data.images.open_source takes, pictures cropped to the size of
+      those that the recipe generates; None is the recipe's own data.
+
+  Raises:
+    ValueError: one line, if the file is there already or the source has no pictures.
+  """
+  reference.expect_absent(path)
+  evaluator = evaluators.Inception(recipe, with_reference=False)
+  if source is None:
+    count, batches, about = _recipe_images(recipe, evaluator.batch_size)
+  elif source.endswith('.npz'):
+    count, batches, about = _npz_images(source, evaluator.batch_size)
+  else:
+    count, batches, about = _source_images(recipe, source, evaluator.batch_size)
+  found = evaluator.collect(batches, count, every=reference.every(count))
+  about |= {'num_images': found.pool.count, **evaluator.network, 'code': protocol.code_version()}
+  if hosts.is_main():
+    reference.write(path, found, about)
+    logging.info('statistics of %d images: %s', found.pool.count, path)
+
+
+def _npz_images(path, size):
+  """Returns (count, batches, protocol) of an `.npz`."""
+  def batches():
+    with picture_stream.open_images(path) as opened:
+      yield from opened.batches(size)
+
+  with picture_stream.open_images(path) as opened:
+    count = len(opened)
+  return count, batches(), {'source': 'images', 'source_sha256': reference.file_sha256(path)}
+
+
+def _source_images(recipe, source, size):
+  """Returns (count, batches, protocol) of pictures; those that cannot be read are left out."""
+  data = recipe.data
+  side = sources.image_size(data) if data.name == 'latents' else data.latent_size
+  rows = images.open_source(source, side, with_pixels=True)
+  about = {'source': rows.fingerprint(), 'crop': rows.crop, 'unreadable': []}
+
+  def batches():
+    held = []
+    for row in images.read_ahead(rows, range(len(rows)), data.num_threads):
+      if isinstance(row, images.Unreadable):
+        about['unreadable'].append(row.name)
+        logging.warning('left out, it cannot be read: %s (%s)', row.name, row.reason)
+      else:
+        held.append(row['pixels'])
+      if len(held) == size:
+        yield np.stack(held)
+        held.clear()
+    if held:
+      yield np.stack(held)
+
+  return len(rows), batches(), about
+
+
+def _recipe_images(recipe, size):
+  """Returns (count, batches, protocol) of the recipe's own data, if those are pictures."""
+  rows = sources.open_rows(recipe)
+  first = rows.batch(np.arange(1))
+  key = next((name for name in ('pixels', 'image', 'latent') if name in first), None)
+  if key is None or first[key].shape[-1] not in (1, 3):
+    raise ValueError(
+      f"data.name='{recipe.data.name}' holds no pictures to make a reference of; give --from=SOURCE,"
+      ' such as the folder of pictures that the latents were made of'
+    )
+
+  def batches():
+    for start in range(0, len(rows), size):
+      yield pictures.pixels(rows.batch(np.arange(start, min(start + size, len(rows))))[key])
+
+  return len(rows), batches(), {'source': f'data.name={recipe.data.name}'}
