@@ -4,13 +4,14 @@ An evaluator does the work of the devices in `collect`, in a process of its own 
 the rest in `values`, which training leaves to a thread.
 """
 
+import os
 import pathlib
 
 import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import sources, writer
+from fmzoo import picture_stream, sources, writer
 from fmzoo.convert import inception as official
 from fmzoo.metrics import activations, digits, frechet, precision_recall, protocol, reference
 from fmzoo.metrics import inception_score, moments
@@ -73,7 +74,7 @@ class Inception:
   def __init__(self, recipe, with_reference=True):
     """Reads weights and, where something is compared with it, the reference."""
     config = recipe.eval
-    path = config.inception or str(sources.data_root() / official.FILE)
+    path = config.inception or os.path.join(sources.data_root(), official.FILE)
     self.params, network = official.load(path), inception.OFFICIAL
     self.distances, self.mesh = config.distances, meshes.local()
     self.batch_size = -(-config.batch_size // self.mesh.size) * self.mesh.size
@@ -89,7 +90,7 @@ class Inception:
     )
     self.settings = {'name': 'inception', **self.network}
     if with_reference:
-      self.reference = self._read(config.reference, inception.feature_widths(network))
+      self.reference = self._read(config.reference, activations.widths(network))
       self.settings |= {
         'reference': self.reference.protocol, 'inception_score_split': inception_score.SPLIT,
         'neighbours': precision_recall.NEIGHBOURS, 'distances': config.distances,

@@ -1,5 +1,6 @@
 """Build, restore, loop, hooks: the only file that knows all the others."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, pictures, sample, sources, step, writer
+from fmzoo import build, evaluators, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
@@ -41,6 +42,7 @@ def train(recipe, workdir):
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
+    evaluator = evaluators.make(recipe) if evaluates(recipe) else None
     sampler = sample.Sampler(recipe, mesh)
     inputs, frozen = sources.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
@@ -54,7 +56,7 @@ def train(recipe, workdir):
       num_threads=recipe.data.num_threads, num_workers=recipe.data.num_workers,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
-    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, start))
+    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, evaluator, start))
     hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
@@ -122,6 +124,11 @@ def restore_or_init(recipe, mesh, checkpoints):
   return init(params), 0
 
 
+def evaluates(recipe):
+  """Says whether training measures what it has learned, at its end at least."""
+  return recipe.eval.name != 'none' and recipe.eval.every_steps >= 0
+
+
 def write_config(recipe, workdir):
   """Writes the workdir's config.json, by which other commands know the run."""
   path = pathlib.Path(workdir) / 'config.json'
@@ -133,9 +140,10 @@ def write_config(recipe, workdir):
 class Hooks:
   """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
 
-  def __init__(self, recipe, workdir, sampler, checkpoints, start):
+  def __init__(self, recipe, workdir, sampler, checkpoints, evaluator, start):
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
-    self.sampler = sampler
+    self.sampler, self.evaluator = sampler, evaluator
+    self.measuring, self.thread = [], concurrent.futures.ThreadPoolExecutor(1)
     self.pending, self.started, self.since, self.waited = [], time.time(), start, 0.0
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
     self.progress = writer.Progress(recipe.run.steps, start)
@@ -143,9 +151,13 @@ class Hooks:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
-    self.progress.close()
-    self.writer.close()
+  def __exit__(self, kind, *error):
+    with contextlib.ExitStack() as stack:
+      stack.callback(self.writer.close)
+      stack.callback(self.progress.close)
+      stack.callback(self.thread.shutdown, cancel_futures=True)
+      if kind is None:
+        self.tell_measured(wait=True)
 
   def __call__(self, done, state, metrics, last):
     log = self.recipe.log
@@ -157,7 +169,7 @@ class Hooks:
       self.checkpoints.save(done, state)
     if log.preview_every_steps and self.due(done, log.preview_every_steps):
       self.preview(done, state)
-    if self.recipe.eval.name != 'none' and self.due(done, self.recipe.eval.every_steps):
+    if self.evaluator and self.due(done, self.recipe.eval.every_steps):
       self.evaluate(done, state)
 
   @contextlib.contextmanager
@@ -181,7 +193,7 @@ class Hooks:
     if self.recipe.log.preview_every_steps and not self.picture(done).exists():
       self.preview(done, state)
     name = evaluation.result_name(self.recipe, done, 'ema')
-    if self.recipe.eval.name != 'none' and not (self.workdir / 'evaluations' / name).exists():
+    if self.evaluator and not (self.workdir / 'evaluations' / name).exists():
       self.evaluate(done, state)
 
   def log(self, done):
@@ -198,6 +210,7 @@ class Hooks:
     values['data_wait'] = self.waited / seconds  # share of the time; previews and the like count
     self.pending, self.started, self.since, self.waited = [], time.time(), done, 0.0
     self.writer.scalars(done, values)
+    self.tell_measured()
     left = (self.recipe.run.steps - done) / values['steps_per_second']
     self.progress.describe(loss=values['loss'])
     logging.info(
@@ -231,11 +244,20 @@ class Hooks:
     return self.workdir / 'samples' / f'step_{done:07d}.png'
 
   def evaluate(self, done, state):
-    """Measures the averaged weights."""
-    values = evaluation.evaluate_params(
-      self.recipe, self.workdir, self.sampler, step.ema_params(state), done, weights='ema'
+    """Measures the averaged weights; training waits for the devices' part of it alone."""
+    collected = evaluation.collect(
+      self.recipe, self.evaluator, self.sampler, step.ema_params(state), done, weights='ema'
     )
-    self.writer.scalars(done, {f'eval/{name}': value for name, value in values.items()})
+    report = self.thread.submit(evaluation.report, self.workdir, self.evaluator, collected)
+    self.measuring.append((done, report))
+
+  def tell_measured(self, wait=False):
+    """Writes the numbers of evaluations that are ready, or of all of them."""
+    while self.measuring and (wait or self.measuring[0][1].done()):
+      done, report = self.measuring.pop(0)
+      self.writer.scalars(
+        done, {f'eval/{name}': value for name, value in report.result().items()}
+      )
 
 
 def mean_of_numbers(values):

@@ -81,7 +81,7 @@ def test_results_lost_with_the_last_process_are_made_up_for(tmp_path):
   train.train(recipe, tmp_path)
   picture = tmp_path / 'samples' / 'step_0000002.png'
   assert picture.exists() and (results / 'metrics.json').exists()
-  assert json.loads((results / 'protocol.json').read_text())['weights'] == 'ema'
+  assert json.loads((results / 'protocol.json').read_text())['images']['weights'] == 'ema'
   picture.write_bytes(b'')
   train.train(recipe, tmp_path)  # everything is there: nothing is done twice
   assert picture.read_bytes() == b'' and not (results / 'earlier_1').exists()

@@ -101,7 +101,6 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
   )
   monkeypatch.setattr(train.Hooks, 'preview', lambda self, done, state: None)
   monkeypatch.setattr(step, 'ema_params', lambda state: None)
-  monkeypatch.setattr(evaluate, 'evaluate_params', lambda *args, **kwargs: {})
   train.train(watched, tmp_path)
   assert calls == {'trace': 1, 'step': 7, 'saved': 7}
 

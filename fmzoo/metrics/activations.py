@@ -43,10 +43,22 @@ def make_program(config, method, rows, whole):
 
   def run(params, images):
     features = net.features(params, inception.inputs(images, method))
-    probabilities = jax.nn.softmax(net.logits(params, features.pool, with_bias=False))
+    probabilities = jax.nn.softmax(net.logits_without_bias(params, features.pool))
     return features.pool, features.spatial, probabilities
 
   return jax.jit(run, in_shardings=(whole, rows), out_shardings=whole)
+
+
+def widths(config):
+  """Returns {'pool': D, 'spatial': E} of a network.
+
+  Args:
+    config: models.inception.Config.
+  """
+  net = inception.make(config)
+  images = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, inception.IMAGE_CHANNELS), 'float32')
+  features = jax.eval_shape(net.features, jax.eval_shape(net.init, jax.random.key(0)), images)
+  return {name: array.shape[1] for name, array in features._asdict().items()}
 
 
 def measure(program, batches, *, batch_size, first=0, every=1, advance=None):
@@ -121,6 +133,12 @@ class Keeper:
     if not self._waiting:
       return
     pool, spatial, probabilities = (np.concatenate(part) for part in zip(*self._waiting))
+    is_bad = ~(np.isfinite(pool).all(axis=1) & np.isfinite(spatial).all(axis=1))
+    if is_bad.any():
+      raise ValueError(
+        f'activations of {is_bad.sum()} images are not finite, the first is image'
+        f' {self._next + np.argmax(is_bad)}; see that eval.inception holds whole weights'
+      )
     sums = (
       moments.of(pool), moments.of(spatial), inception_score.of(probabilities, first=self._next)
     )
