@@ -64,10 +64,14 @@ def test_outside_of_the_main_thread_nothing_is_installed(caplog):
 WORKER = """
 import os, signal, sys, time
 import jax
+import numpy as np
 from fmzoo.parallel import hosts
 
 jax.distributed.initialize('localhost:' + sys.argv[1], 2, int(sys.argv[2]))
 print('agree', hosts.all_agree(True), hosts.all_agree(hosts.is_main()), flush=True)
+hosts.GATHERED, index = 100, jax.process_index()  # bytes: what follows takes several rounds
+for tree in hosts.gather((np.arange(3 + 20 * index) / 3, {'n': 2**40 + index})):
+  print('gathered', len(tree[0]), tree[0][2] == 2 / 3, tree[0].dtype, tree[1]['n'] - 2**40, flush=True)
 with hosts.Preemption() as preemption:
   hosts.barrier('ready')
   for step in range(1000):
@@ -88,7 +92,7 @@ def port():
     return free.getsockname()[1]
 
 
-def test_sigterm_to_one_process_stops_both_at_the_same_step(port):
+def test_two_processes_agree_gather_and_stop_at_the_same_step(port):
   root = pathlib.Path(hosts.__file__).parents[2]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   environment.pop('XLA_FLAGS', None)
@@ -112,4 +116,5 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(port):
   lines = [[line for line in out.splitlines() if 'Gloo' not in line] for out, _ in told]
   assert lines[0] == lines[1]
   assert lines[0][0] == 'agree True False'
-  assert lines[0][1].startswith('stopped ') and int(lines[0][1].split()[1]) >= 5
+  assert lines[0][1:3] == ['gathered 3 True float64 0', 'gathered 23 True float64 1']
+  assert lines[0][3].startswith('stopped ') and int(lines[0][3].split()[1]) >= 5
