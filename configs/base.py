@@ -82,7 +82,7 @@ def get():
   config.eval = ConfigDict({
     'name': 'inception',  # 'inception': FID, sFID, IS, precision, recall; 'digits'; 'none'
     'num_images': 50_000,  # generated for it, with the labels that sample.labels says
-    'every_steps': -1,  # in training; 0 is at the end only, -1 never: the command `evaluate` does it
+    'every_steps': -1,  # in training; 0 is at the end only, -1 never, there is `evaluate`
     'batch_size': 64,  # images that Inception sees at a time, on a host
     'inception': '',  # its weights; '' is $FMZOO_DATA_DIR or data/, then the official file's name
     'reference': '',  # .npz of real images' statistics: ADM's, or of evaluate --make_reference

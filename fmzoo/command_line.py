@@ -34,7 +34,9 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('precision', 'loader'): 'look at rounding or at reading',
   ('runs', 'loader'): 'reading is timed by the clock, not in runs',
 }
-PATHS = ('workdir', 'samples', 'weights', 'export', 'from', 'make_reference')  # flags that name a file or folder
+PATHS = (  # flags that name a file or folder
+  'workdir', 'samples', 'weights', 'export', 'from', 'make_reference',
+)
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
 
@@ -55,8 +57,8 @@ flags
   --samples  images to measure: ADM .npz or folder of PNGs (evaluate)
   --make_reference  .npz to write with the statistics of real images, those of --from or else the
              recipe's data; config.eval.reference then reads it (evaluate)
-  --compare  two results, A,B: folders in evaluations/; prints them and what differs in how they came
-             about (evaluate)
+  --compare  two results, A,B: folders in evaluations/; prints them and what differs in how they
+             came about (evaluate)
   --from     a folder of pictures (class folders or none), tfds:NAME[:SPLIT], SoFlow's .hdf5 or a
              folder with images/ and vae-sd/ as for REPA (prepare; evaluate --make_reference, which
              takes an .npz of images, too)
@@ -163,7 +165,7 @@ def check_flags(command, given):
     if {first, second} <= given:
       raise ValueError(f'--{first} and --{second} exclude each other: {choice}')
   if command == 'evaluate' and 'from' in given and 'make_reference' not in given:
-    raise ValueError("'evaluate' takes --from=SOURCE with --make_reference=FILE.npz only; see --help")
+    raise ValueError("'evaluate' takes --from=SOURCE only with --make_reference=FILE; see --help")
   if command == 'prepare' and 'from' not in given:
     raise ValueError("'prepare' needs --from=SOURCE, such as a folder of pictures; see --help")
   if command == 'convert' and not given & {'weights', 'export'}:

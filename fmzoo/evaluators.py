@@ -13,8 +13,16 @@ from absl import logging
 
 from fmzoo import picture_stream, sources, writer
 from fmzoo.convert import inception as official
-from fmzoo.metrics import activations, digits, frechet, precision_recall, protocol, reference
-from fmzoo.metrics import inception_score, moments
+from fmzoo.metrics import (
+  activations,
+  digits,
+  frechet,
+  inception_score,
+  moments,
+  precision_recall,
+  protocol,
+  reference,
+)
 from fmzoo.models import inception
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes

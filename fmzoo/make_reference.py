@@ -78,8 +78,8 @@ def _recipe_images(recipe, size):
   key = next((name for name in ('pixels', 'image', 'latent') if name in first), None)
   if key is None or first[key].shape[-1] not in (1, 3):
     raise ValueError(
-      f"data.name='{recipe.data.name}' holds no pictures to make a reference of; give --from=SOURCE,"
-      ' such as the folder of pictures that the latents were made of'
+      f"data.name='{recipe.data.name}' holds no pictures to make a reference of; give"
+      ' --from=SOURCE, such as the folder of pictures that the latents were made of'
     )
 
   def batches():

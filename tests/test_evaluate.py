@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmzoo import evaluate, evaluators, main, make_reference, pictures, sample, step, train
+from fmzoo import evaluate, evaluators, main, make_reference, pictures, sample, train
 from fmzoo.convert import inception as official
 from fmzoo.metrics import activations, reference
 from fmzoo.models import inception

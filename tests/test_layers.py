@@ -57,16 +57,23 @@ ALLOWED = {
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sources',
     'fmzoo.writer', 'fmzoo.parallel'}),
+  'fmzoo.evaluators': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.convert.inception', 'fmzoo.metrics', 'fmzoo.models.inception', 'fmzoo.parallel',
+    'fmzoo.picture_stream', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
+    'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
+    'fmzoo.pictures', 'fmzoo.sample'}),
+  'fmzoo.make_reference': ({'numpy', 'absl'}, {
+    'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel',
+    'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
+    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.evaluators', 'fmzoo.parallel',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
-    'fmzoo.evaluate', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',
+    'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',
     'fmzoo.bench_loader', 'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }

@@ -56,7 +56,8 @@ def widths(config):
     config: models.inception.Config.
   """
   net = inception.make(config)
-  images = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, inception.IMAGE_CHANNELS), 'float32')
+  shape = (1, inception.SIDE, inception.SIDE, inception.IMAGE_CHANNELS)
+  images = jax.ShapeDtypeStruct(shape, 'float32')
   features = jax.eval_shape(net.features, jax.eval_shape(net.init, jax.random.key(0)), images)
   return {name: array.shape[1] for name, array in features._asdict().items()}
 

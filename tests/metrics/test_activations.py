@@ -21,7 +21,10 @@ def measure(batches, **options):
 
 
 def assert_close(found, expected):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-9), found, expected)
+  def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-9)
+
+  jax.tree.map(close, found, expected)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Statistics of real images: three forms that are read, one that is written, and what is refused."""
+"""Statistics of real images: three forms are read, one is written, all others are refused."""
 
 import json
 import re

@@ -71,7 +71,8 @@ jax.distributed.initialize('localhost:' + sys.argv[1], 2, int(sys.argv[2]))
 print('agree', hosts.all_agree(True), hosts.all_agree(hosts.is_main()), flush=True)
 hosts.GATHERED, index = 100, jax.process_index()  # bytes: what follows takes several rounds
 for tree in hosts.gather((np.arange(3 + 20 * index) / 3, {'n': 2**40 + index})):
-  print('gathered', len(tree[0]), tree[0][2] == 2 / 3, tree[0].dtype, tree[1]['n'] - 2**40, flush=True)
+  values, number = tree[0], tree[1]['n'] - 2**40
+  print('gathered', len(values), values[2] == 2 / 3, values.dtype, number, flush=True)
 with hosts.Preemption() as preemption:
   hosts.barrier('ready')
   for step in range(1000):
