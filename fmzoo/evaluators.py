@@ -27,6 +27,8 @@ from fmzoo.models import inception
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
+NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluator
+
 
 def make(recipe):
   """Returns the evaluator that `eval.name` names.
@@ -101,7 +103,7 @@ class Inception:
       self.reference = self._read(config.reference, activations.widths(network))
       self.settings |= {
         'reference': self.reference.protocol, 'inception_score_split': inception_score.SPLIT,
-        'neighbours': precision_recall.NEIGHBOURS, 'distances': config.distances,
+        'neighbours': NEIGHBOURS, 'distances': config.distances,
       }
 
   def collect(self, batches, count, first=0, every=1):
@@ -142,13 +144,13 @@ class Inception:
           f'{metric} of {count} images: their covariance of {len(statistics.mean)} features has'
           f' rank {count - 1} at most, and the distance is far too high; generate more'
         )
-    score = inception_score.result(found.score)
+    score = inception_score.score(found.score)
     values |= {'inception_score': score.mean, 'inception_score_std': score.std}
     if known.features is None:
       notes.append('no precision and recall: eval.reference holds neither images nor features')
     else:
       pair = precision_recall.precision_recall(
-        known.features, found.features, half=self.distances == 'float16'
+        known.features, found.features, k=NEIGHBOURS, half=self.distances == 'float16'
       )
       values |= {'precision': pair.precision, 'recall': pair.recall}
     for note in notes:

@@ -23,7 +23,7 @@ class Activations(NamedTuple):
 
   pool: moments.Moments  # of the features that FID compares, [D]
   spatial: moments.Moments  # of those that sFID compares, [E]
-  score: inception_score.Sums  # of class probabilities, for the Inception score
+  score: inception_score.Splits  # of class probabilities, for the Inception score
   features: np.ndarray  # [<= N, D] float32 of every n-th image, for precision and recall
 
 
