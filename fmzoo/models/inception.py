@@ -252,10 +252,11 @@ def make(config):
   Raises:
     ValueError: if a unit has no width, or a width no unit.
   """
-  if wrong := sorted(config.widths.keys() ^ WIDTHS.keys()):
+  missing, unknown = WIDTHS.keys() - config.widths.keys(), config.widths.keys() - WIDTHS.keys()
+  if missing or unknown:
     raise ValueError(
-      f'widths has {len(config.widths)} units and differs in {wrong[0]!r}; give the channels of'
-      f' the {len(WIDTHS)} units of models.inception.WIDTHS'
+      f'widths lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} that are no units; give'
+      f' the channels of the {len(WIDTHS)} units of models.inception.WIDTHS'
     )
   body, head = Body(config), nn.Dense(config.classes)
   last = sum(config.widths[f'Mixed_7c.{name}'] for name in ends('Mixed_7c'))
