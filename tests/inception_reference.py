@@ -22,8 +22,7 @@ class Network:
   """The network, whose tensors are drawn when their shapes are known; these are kept."""
 
   def __init__(self, width, classes, salt):
-    """Takes width: name of a unit -> channels."""
-    self.width, self.classes, self.salt = width, classes, salt
+    self.width, self.classes, self.salt = width, classes, salt  # width: a unit's name -> channels
     self.shapes, self._tensors = {}, {}
 
   def tensor(self, key, shape):
@@ -197,5 +196,5 @@ def write_folder(folder):
       for name, value in values.items()
     })
   with open(folder / KEYS, 'w', newline='') as file:
-    table = [(key, 'x'.join(map(str, shape))) for key, shape in network.shapes.items()]
-    csv.writer(file).writerows([('key', 'shape'), *table])
+    rows = [(key, 'x'.join(map(str, shape))) for key, shape in network.shapes.items()]
+    csv.writer(file).writerows([('key', 'shape'), *rows])
