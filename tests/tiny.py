@@ -13,7 +13,10 @@ from PIL import Image
 
 from configs import bfm_digits, bfm_digits_frn, sit_digits, soflow_cifar10, soflow_digits
 from fmzoo import build
-from fmzoo.models import blockwise, dinov2, unet, vae
+from fmzoo.convert import inception as inception_weights
+from fmzoo.convert import names
+from fmzoo.models import blockwise, dinov2, inception, unet, vae
+from tests import golden_weights
 
 RECIPES = {
   'fm': sit_digits, 'soflow': soflow_digits, 'bfm': bfm_digits, 'bfm_frn': bfm_digits_frn,
@@ -37,6 +40,10 @@ VAE = vae.Config(  # doubles the side of latents
 DINOV2 = dinov2.Config(
   patch=dinov2.PATCH, width=32, depth=2, heads=2, mlp_ratio=dinov2.MLP_RATIO, grid=(3, 3),
   dtype='float32', precision='highest',
+)
+INCEPTION = inception.Config(  # neighbours differ in width
+  widths={unit: 7 + 5 * i % 4 for i, unit in enumerate(inception.WIDTHS)}, classes=11,
+  precision='highest',
 )
 
 
@@ -179,6 +186,19 @@ def random_vae(seed=0):
 def random_dinov2(seed=0):
   """Returns parameters of a DINOv2 of config `DINOV2`, see `random_like`."""
   return random_like(dinov2.make(DINOV2).init, seed)
+
+
+def official_inception(salt=''):
+  """Returns {official key: tensor} of an Inception of config `INCEPTION`, without counters."""
+  shapes = inception_weights.abstract(INCEPTION)
+  zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(), leaf.shape), shapes)
+  official = names.to_official(inception_weights.entries(INCEPTION), zeros)
+  return {key: golden_weights.tensor(key, zero.shape, salt) for key, zero in official.items()}
+
+
+def random_inception(salt=''):
+  """Returns parameters of an Inception of config `INCEPTION`, of `official_inception`."""
+  return inception_weights.from_official(official_inception(salt), INCEPTION)
 
 
 def random_like(init, seed):

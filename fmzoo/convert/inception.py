@@ -59,8 +59,7 @@ def from_official(tensors, config):
   """
   counters = {f'{unit}.{COUNTER}' for unit in config.widths}
   tensors = {key: tensor for key, tensor in tensors.items() if key not in counters}
-  params = jax.eval_shape(inception.make(config).init, jax.random.key(0))
-  tree = names.from_official(entries(config), tensors, _apart(params, config))
+  tree = names.from_official(entries(config), tensors, abstract(config))
   folded = {'fc': tree['fc']}
   for unit in config.widths:
     *blocks, name = unit.split('.')
@@ -111,8 +110,13 @@ def fold(unit):
   }
 
 
-def _apart(params, config):
-  """Returns shapes and dtypes of the tree that `entries` leads to, from those of the folded one."""
+def abstract(config):
+  """Returns shapes and dtypes of the tree that `entries` leads to.
+
+  Args:
+    config: models.inception.Config.
+  """
+  params = jax.eval_shape(inception.make(config).init, jax.random.key(0))
   tree = {'fc': params['fc']}
   for unit in config.widths:
     leaves = params

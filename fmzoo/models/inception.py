@@ -252,10 +252,11 @@ def make(config):
   Raises:
     ValueError: if a unit has no width, or a width no unit.
   """
-  if wrong := sorted(config.widths.keys() ^ WIDTHS.keys()):
+  missing, unknown = WIDTHS.keys() - config.widths.keys(), config.widths.keys() - WIDTHS.keys()
+  if missing or unknown:
     raise ValueError(
-      f'widths has {len(config.widths)} units and differs in {wrong[0]!r}; give the channels of'
-      f' the {len(WIDTHS)} units of models.inception.WIDTHS'
+      f'widths lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} that are no units; give'
+      f' the channels of the {len(WIDTHS)} units of models.inception.WIDTHS'
     )
   body, head = Body(config), nn.Dense(config.classes)
   last = sum(config.widths[f'Mixed_7c.{name}'] for name in ends('Mixed_7c'))
@@ -324,20 +325,22 @@ def inputs(images, method):
 def resize(x, method):
   """Resizes [B, H, W, C] float32 to [B, 299, 299, C], along rows first and then along columns."""
   for axis in (2, 1):
-    low, high, part = neighbours(x.shape[axis], method)
+    low, part = positions(x.shape[axis], method)
     part = part.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    a, b = (jnp.take(x, index, axis=axis, mode='clip') for index in (low, high))
+    # Beyond the last pixel there is another one like it.
+    a, b = (jnp.take(x, index, axis=axis, mode='clip') for index in (low, low + 1))
     x = a + (b - a) * part
   return x
 
 
-def neighbours(n, method):
+def positions(n, method):
   """Returns where the 299 results along an axis of n pixels are read.
 
   In float32, since TensorFlow's positions are, and round to another pixel now and then.
 
   Returns:
-    (low, high, part), each [299]: indices int32, and the share of the high one, float32 in [0, 1).
+    (low, part), each [299]: the pixel before, int32, and how far it is to the next, float32 in
+    [0, 1).
   """
   half, step = np.float32(0.5), np.float32(n) / np.float32(SIDE)
   position = np.arange(SIDE, dtype=np.float32)
@@ -346,4 +349,4 @@ def neighbours(n, method):
   else:
     position = position * step
   low = np.floor(position).astype(np.int32)
-  return low, np.minimum(low + 1, n - 1), position - low.astype(np.float32)
+  return low, position - low.astype(np.float32)
