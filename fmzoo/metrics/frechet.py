@@ -89,8 +89,9 @@ def _checked(name, mean, cov):
       ' vectors; they need [D] and [D, D]'
     )
   for kind, x in (('mean', mean), ('cov', cov)):
-    if not np.isfinite(x).all():
-      raise ValueError(f'{np.sum(~np.isfinite(x))} of {x.size} numbers of {kind}{name} are not finite')
+    wrong = np.sum(~np.isfinite(x))
+    if wrong:
+      raise ValueError(f'{wrong} of {x.size} numbers of {kind}{name} are not finite')
   worst, largest = np.abs(cov - cov.T).max(), np.abs(cov).max()
   if worst > ROUGHEST * largest:
     raise ValueError(
