@@ -108,6 +108,14 @@ def test_shares_in_half_precision_are_those_of_brute_force(mixed, block):
   ), rtol=0, atol=1.01 / 60)  # one point, at a tie that float32 breaks
 
 
+def test_products_beyond_half_precision_leave_no_distance():
+  """Norms of 40,000 fit and twice the product does not: the evaluator clips minus infinity at 0."""
+  x = np.zeros((6, 2), np.float32)
+  x[:, 0], x[:, 1] = 200, np.arange(6)
+  np.testing.assert_array_equal(precision_recall.radii(x, half=True), np.zeros(6))
+  np.testing.assert_array_equal(precision_recall.radii(x), brute_radii(x, 3))
+
+
 def test_rounding_to_half_is_numpys():
   sizes = 10.0 ** np.arange(-9, 6)[:, None]
   x = (sizes * np.random.default_rng(0).standard_normal(50)).astype(np.float32).ravel()
