@@ -1,8 +1,8 @@
 """Golden folders of SoFlow from the NumPy reference: weights, inputs, outputs and gradients.
 
-The layout is that of tests/golden/soflow/README.md without `crop.*`, metrics.npz and
-latents_tiny.hdf5. A loss case whose name ends in 'nolabel' gets no labels, and one whose name ends
-in 'mingap' the smallest gap between its times.
+The layout is that of tests/golden/soflow/README.md without `crop.*` and latents_tiny.hdf5. A loss
+case whose name ends in 'nolabel' gets no labels, and one whose name ends in 'mingap' the smallest
+gap between its times.
 """
 
 import json
@@ -11,6 +11,7 @@ import math
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests import metrics_reference as metrics
 from tests import soflow_augment_reference as augment
 from tests import soflow_dit_reference as dit
 from tests import soflow_golden_config as shapes
@@ -382,7 +383,7 @@ def load(folder, config):
 
 
 def write_folder(folder, config, seed):
-  """Writes config.json, both .safetensors, dit_ckpt.pt and io.npz; outputs are float64."""
+  """Writes config.json, both .safetensors, dit_ckpt.pt and both .npz; outputs are float64."""
   folder.mkdir(parents=True, exist_ok=True)
   for i, (name, tensors) in enumerate((
     ('dit', shapes.dit_shapes(config['dit'])), ('unet', shapes.unet_shapes(config['unet'])),
@@ -396,3 +397,4 @@ def write_folder(folder, config, seed):
   text = json.dumps({**config, 'input_keys': sorted(arrays)}, indent=1)
   (folder / 'config.json').write_text(text + '\n')
   np.savez_compressed(folder / 'io.npz', **arrays, **results)
+  metrics.write(folder / 'metrics.npz', [seed, 4])

@@ -42,8 +42,8 @@ def distance(mean1, cov1, mean2, cov2):
   W^2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1^1/2 C2 C1^1/2)^1/2
 
   With C = F F^T the last trace is the sum of the singular values of F1^T F2. So no square root is
-  taken of a matrix product, whose zero eigenvalues rounding turns into +-1e-16: covariances
-  without full rank lose no digits, and the result is real.
+  taken of a matrix product, whose zero eigenvalues rounding turns into negative and complex ones:
+  the result is real, and covariances without full rank need nothing added to them.
 
   The error is a bound, from what the factors were measured to miss. Let P be the covariance
   nearest to C, which is C itself unless rounding gave it negative eigenvalues, and r a bound of
@@ -89,8 +89,9 @@ def _checked(name, mean, cov):
       ' vectors; they need [D] and [D, D]'
     )
   for kind, x in (('mean', mean), ('cov', cov)):
-    if not np.isfinite(x).all():
-      raise ValueError(f'{np.sum(~np.isfinite(x))} of {x.size} numbers of {kind}{name} are not finite')
+    wrong = np.sum(~np.isfinite(x))
+    if wrong:
+      raise ValueError(f'{wrong} of {x.size} numbers of {kind}{name} are not finite')
   worst, largest = np.abs(cov - cov.T).max(), np.abs(cov).max()
   if worst > ROUGHEST * largest:
     raise ValueError(

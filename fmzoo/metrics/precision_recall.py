@@ -53,7 +53,7 @@ def radii(features, *, k=3, half=False, block=10_000):
 
   def keep(start, found):
     rows = nearest[start : start + size]
-    rows[:, k + 1 :] = found[: len(rows)]
+    rows[:, k + 1 :] = np.asarray(found)[: len(rows)]
     rows.sort(axis=1)
 
   for start in starts:
