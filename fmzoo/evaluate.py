@@ -6,6 +6,7 @@ import numpy as np
 from absl import logging
 
 from fmzoo import pictures, sample
+from fmzoo import sampler as samplers
 from fmzoo.metrics import digits, protocol
 from fmzoo.parallel import mesh as meshes
 
@@ -36,7 +37,7 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
   mesh = meshes.make(recipe.mesh)
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
   return evaluate_params(
-    recipe, workdir, sample.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
+    recipe, workdir, samplers.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
   )
 
 
@@ -46,7 +47,7 @@ def evaluate_params(recipe, workdir, sampler, params, done, *, weights):
   Args:
     recipe: build.Recipe.
     workdir: results go to its evaluations/.
-    sampler: sample.Sampler of the recipe.
+    sampler: sampler.Sampler of the recipe.
     params: tree.
     done: finished steps of these parameters, for the protocol.
     weights: what they are, 'ema' or 'params', for the protocol.

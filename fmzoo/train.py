@@ -12,6 +12,7 @@ from absl import logging
 
 from fmzoo import build, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
+from fmzoo import sampler as samplers
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import hosts
@@ -41,7 +42,7 @@ def train(recipe, workdir):
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
-    sampler = sample.Sampler(recipe, mesh)
+    sampler = samplers.Sampler(recipe, mesh)
     inputs, frozen = sources.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
     row = {name: values[0] for name, values in rows.batch(np.arange(1)).items()}
@@ -222,8 +223,8 @@ class Hooks:
   def preview(self, done, state):
     """Writes a grid of samples of the averaged weights, the same noise every time."""
     images = self.sampler.preview(step.ema_params(state))
-    pictures.save_grid(self.picture(done), images, sample.PREVIEW_COLUMNS)
-    self.writer.images(done, {'samples': pictures.grid(images, sample.PREVIEW_COLUMNS)})
+    pictures.save_grid(self.picture(done), images, samplers.PREVIEW_COLUMNS)
+    self.writer.images(done, {'samples': pictures.grid(images, samplers.PREVIEW_COLUMNS)})
     logging.info('preview: %s', self.picture(done))
 
   def picture(self, done):

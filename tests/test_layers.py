@@ -36,7 +36,12 @@ ALLOWED = {
   'fmzoo.convert.weights': ({'numpy', 'safetensors', 'torch'}, {'fmzoo.convert'}),
   'fmzoo.convert': (
     {'jax', 'numpy', 'safetensors', 'ml_dtypes'}, {'fmzoo.models', 'fmzoo.convert'}),
-  'fmzoo.pictures': ({'numpy', 'PIL'}, set()),
+  'fmzoo.files': (set(), set()),
+  'fmzoo.hashes': ({'jax', 'numpy'}, set()),
+  'fmzoo.npz': ({'numpy'}, set()),
+  'fmzoo.pictures': ({'numpy', 'PIL'}, {'fmzoo.files'}),
+  'fmzoo.picture_stream': ({'numpy', 'PIL'}, {'fmzoo.npz'}),
+  'fmzoo.partial': ({'numpy'}, {'fmzoo.files', 'fmzoo.npz'}),
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
   'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
   'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
@@ -54,14 +59,18 @@ ALLOWED = {
     'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
   'fmzoo.sources': ({'absl'}, {
     'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
+  'fmzoo.sampler': ({'jax', 'numpy'}, {
+    'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sources',
-    'fmzoo.writer', 'fmzoo.parallel'}),
+    'fmzoo.checkpoint', 'fmzoo.hashes', 'fmzoo.metrics.protocol', 'fmzoo.npz', 'fmzoo.parallel',
+    'fmzoo.partial', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sampler', 'fmzoo.sources',
+    'fmzoo.writer'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.metrics', 'fmzoo.parallel'}),
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.metrics', 'fmzoo.parallel'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step',
+    'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
