@@ -1,14 +1,14 @@
 """Checkpoint or images to metrics, with the protocol beside the numbers."""
 
 import hashlib
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from fmzoo import evaluators, picture_stream, pictures, sample
+from fmzoo import evaluators, files, picture_stream, pictures, sample, writer
+from fmzoo import sampler as samplers
 from fmzoo.metrics import protocol
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
@@ -31,7 +31,8 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
     recipe: build.Recipe; section `eval` says what is measured and how.
     workdir: results go to its evaluations/.
     at_step: finished steps of the checkpoint; None is the newest.
-    samples: ADM `.npz` or folder of PNGs; None generates eval.num_images from the checkpoint.
+    samples: ADM `.npz` or folder of PNGs, which the first host measures alone; None generates
+      eval.num_images from the checkpoint.
 
   Returns:
     {metric: float}; {} in all processes but the main one.
@@ -39,15 +40,14 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
   Raises:
     ValueError: one line, if something is missing or does not fit.
   """
-  evaluator = evaluators.make(recipe)
   if samples is not None:
-    return report(workdir, evaluator, collect_files(evaluator, samples))
+    evaluator = evaluators.make(recipe)
+    return report(workdir, evaluator, collect_files(evaluator, samples)) if hosts.is_main() else {}
   mesh = meshes.make(recipe.mesh)
+  measurement = Measurement(recipe, mesh, samplers.Sampler(recipe, mesh))
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
-  collected = collect(
-    recipe, evaluator, sample.Sampler(recipe, mesh), params, done, weights=recipe.sample.weights
-  )
-  return report(workdir, evaluator, collected)
+  collected = measurement.collect(params, done, weights=recipe.sample.weights)
+  return report(workdir, measurement.evaluator, collected)
 
 
 def collect_files(evaluator, path):
@@ -59,58 +59,93 @@ def collect_files(evaluator, path):
       digest.update(np.ascontiguousarray(batch))
       yield batch
 
-  with picture_stream.open_images(path) as images:
-    found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), len(images))
+  with (
+    picture_stream.open_images(path) as images, writer.Pace(len(images), unit='image') as pace,
+  ):
+    found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), advance=pace.update)
     about = {
       'file': path.name, 'num_images': len(images), 'shape': list(images.shape),
       'pixels_sha256': digest.hexdigest(),
     }
     labels = images.labels
   beside = path.with_suffix('.json')  # the command `sample` writes it
-  about |= json.loads(beside.read_text()) if beside.is_file() else {}
+  about |= files.read_json(beside) if beside.is_file() else {}
   return Collected(path.stem, found, labels, about, {})
 
 
-def collect(recipe, evaluator, sampler, params, done, *, weights):
-  """Generates eval.num_images and shows them to an evaluator.
+class Measurement:
+  """All that measuring checkpoints takes, made and checked once.
+
+  The images are those that `sample` would store, to the last bit.
 
   Args:
-    recipe: build.Recipe.
-    evaluator: of evaluators.make.
-    sampler: sample.Sampler of the recipe.
-    params: tree.
-    done: finished steps of these parameters, for the protocol.
-    weights: what they are, 'ema' or 'params', for the protocol.
-
-  Returns:
-    Collected.
+    recipe: build.Recipe; eval.num_images are generated.
+    mesh: all devices.
+    sampler: sampler.Sampler over them. Of several hosts, each makes its share on its own devices.
 
   Raises:
-    ValueError: if the network makes numbers that are not finite.
+    ValueError: if latents are not decoded, labels cannot be, or the evaluator lacks something.
   """
-  count, settings = recipe.eval.num_images, recipe.sample
-  labels = sample.choose_labels(settings.labels, count, recipe.data.num_classes, settings.seed)
-  batches = finite(sampler.batches(params, labels, settings.seed))
-  found = evaluator.collect(batches, count)
-  about = sample.protocol(
-    recipe, params, done, labels=settings.labels, num_images=count, weights=weights
-  )
-  values = {'gmac_per_image': sampler.macs_per_image(params) / 1e9}
-  return Collected(result_name(recipe, done, weights), found, labels, about, values)
 
-
-def finite(batches):
-  """Yields batches of images as uint8, and refuses numbers that pictures would hide."""
-  first = 0
-  for batch in batches:
-    if not np.isfinite(batch).all():
-      wrong = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
+  def __init__(self, recipe, mesh, sampler):
+    if recipe.data.channels not in (1, 3) and not recipe.data.vae:
       raise ValueError(
-        f'image {first + wrong[0]} and {len(wrong) - 1} others of {len(batch)} hold numbers that'
-        ' are not finite: the network has diverged; measure an earlier checkpoint, --step'
+        f"eval.name='{recipe.eval.name}' measures images, data.name='{recipe.data.name}' has"
+        f' latents of {recipe.data.channels} channels; set data.vae=FILE.safetensors to decode them'
       )
-    first += len(batch)
-    yield pictures.to_uint8(batch)
+    self.recipe, self.evaluator = recipe, evaluators.make(recipe)
+    settings, self.count = recipe.sample, recipe.eval.num_images
+    self.labels = sample.choose_labels(
+      settings.labels, self.count, recipe.data.num_classes, settings.seed
+    )
+    self.rows = sample.chunk_rows(recipe, self.count)
+    self.chunks = hosts.share(-(-self.count // self.rows))
+    if not self.chunks:
+      raise ValueError(f'eval.num_images={self.count} are too few to share between hosts')
+    self.own = meshes.of_this_host(mesh, at_most=mesh.size)
+    self.sampler = samplers.Sampler(recipe, self.own) if mesh.is_multi_process else sampler
+
+  def collect(self, params, done, *, weights):
+    """Generates images and shows them to the evaluator: the devices' part of the work.
+
+    Args:
+      params: tree, replicated over all devices.
+      done: finished steps of these parameters, for the protocol.
+      weights: what they are, 'ema' or 'params', for the protocol.
+
+    Returns:
+      Collected, of all hosts.
+
+    Raises:
+      ValueError: if the network makes numbers that are not finite.
+    """
+    first = self.chunks.start * self.rows
+    share = min(self.chunks.stop * self.rows, self.count) - first
+    with writer.Pace(share, unit='image') as pace:
+      found = self.evaluator.collect(self.images(params), first=first, advance=pace.update)
+    return Collected(
+      name=result_name(self.recipe, done, weights),
+      found=self.evaluator.merge(hosts.gather(found)),
+      labels=self.labels,
+      images=sample.protocol(
+        self.recipe, params, done, labels=self.recipe.sample.labels, num_images=self.count,
+        weights=weights,
+      ),
+      values={'gmac_per_image': self.sampler.macs_per_image(params) / 1e9},
+    )
+
+  def images(self, params):
+    """Yields this host's images, uint8 [n, H, W, C], and refuses what pictures would hide."""
+    params, wanted = meshes.copy_to(self.own, params), list(self.chunks)
+    made = self.sampler.chunks(params, self.labels, self.recipe.sample.seed, self.rows, wanted)
+    for number, images in made:
+      wrong = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+      if wrong.size:
+        raise ValueError(
+          f'image {number * self.rows + wrong[0]} and {len(wrong) - 1} others of {len(images)} hold'
+          ' numbers that are not finite: the network has diverged; measure an earlier --step'
+        )
+      yield pictures.to_uint8(images)
 
 
 def result_name(recipe, done, weights):

@@ -1,9 +1,10 @@
 """How images are measured: by a classifier of digits, or by Inception as ADM's evaluator does.
 
-An evaluator does the work of the devices in `collect`, in a process of its own on each host, and
-the rest in `values`, which training leaves to a thread.
+An evaluator does the work of the devices in `collect`, each host with its own images, and the rest
+in `values`, on the first host alone, which training leaves to a thread.
 """
 
+import functools
 import os
 import pathlib
 
@@ -55,11 +56,19 @@ class Digits:
   settings = {'name': 'digits'}
   batch_size = 1000
 
-  def collect(self, batches, count, first=0):
-    """Returns the images of all hosts, [N, 8, 8, 1] uint8; see Inception.collect."""
+  def collect(self, batches, *, first=0, advance=None):
+    """Returns the images, [n, 8, 8, 1] uint8; see Inception.collect."""
     del first  # the hosts are in order
-    images = np.concatenate(list(batches))
-    return np.concatenate(hosts.gather(images))
+    kept = []
+    for images in batches:
+      kept.append(images)
+      if advance:
+        advance(len(images))
+    return np.concatenate(kept)
+
+  def merge(self, parts):
+    """Returns what `collect` would have, had one host had the images of all."""
+    return np.concatenate(parts)
 
   def values(self, images, labels):
     """Returns ({metric: number}, [notes]) of what was collected, and labels [N]."""
@@ -106,23 +115,27 @@ class Inception:
         'neighbours': NEIGHBOURS, 'distances': config.distances,
       }
 
-  def collect(self, batches, count, first=0, every=1):
-    """Returns what `values` needs of images.
+  def collect(self, batches, *, first=0, every=1, advance=None):
+    """Returns what `values` needs of images, on this host's devices.
 
     Args:
-      batches: this host's images in order, [<= n, H, W, 1 or 3] uint8.
-      count: how many those are, for the progress.
-      first: index of their first among those of all hosts.
+      batches: images in order, [<= n, H, W, 1 or 3] uint8.
+      first: index of the first of them among those of all hosts.
       every: every n-th image is kept for precision and recall.
+      advance: called with the number of images that are done, None where nobody watches.
 
     Returns:
-      metrics.activations.Activations of the images of all hosts.
+      metrics.activations.Activations.
     """
-    parts = hosts.gather(self._measure(batches, count, first, every))
-    merged = parts[0]
-    for part in parts[1:]:
-      merged = activations.merge(merged, part)
-    return merged
+    params = jax.device_put(self.params, meshes.replicated(self.mesh))
+    return activations.measure(
+      lambda images: self.program(params, images), batches, batch_size=self.batch_size,
+      first=first, every=every, advance=advance,
+    )
+
+  def merge(self, parts):
+    """Returns what `collect` would have, had one host had the images of all."""
+    return functools.reduce(activations.merge, parts)
 
   def values(self, found, labels=None):
     """Returns ({metric: number}, [notes]) of what was collected; labels are not looked at."""
@@ -157,15 +170,6 @@ class Inception:
       logging.warning(note)
     return values, notes
 
-  def _measure(self, batches, count, first=0, every=1):
-    """Returns the Activations of this host's images."""
-    params = jax.device_put(self.params, meshes.replicated(self.mesh))
-    with writer.Progress(count, unit='image') as progress:
-      return activations.measure(
-        lambda images: self.program(params, images), batches, batch_size=self.batch_size,
-        first=first, every=every, advance=progress.update,
-      )
-
   def _read(self, path, widths):
     """Returns the reference with all that its images can give."""
     if not path:
@@ -180,7 +184,8 @@ class Inception:
           f"eval.reference={path} was made with {key} '{known.protocol[key]}', this evaluation has"
           f" '{value}'; use the same or make the reference again"
         )
-    if not known.has_images or (known.pool and known.features is not None):
+    is_whole = known.pool and known.features is not None
+    if is_whole or not known.has_images or not hosts.is_main():
       return known
     made = self._of_images(path, known.protocol['sha256'], widths)
     return known._replace(
@@ -194,13 +199,15 @@ class Inception:
     if kept.exists():
       return reference.read(kept, widths)
     logging.info('Inception sees the images of %s, once', path)
-    with picture_stream.open_images(path) as images:
-      every = reference.every(len(images))
-      found = self._measure(images.batches(self.batch_size), len(images), every=every)
-    if hosts.is_main():
-      try:
-        reference.write(kept, found, {**self.network, 'of': sha256})
-        logging.info('their activations are kept: %s', kept)
-      except OSError as error:
-        logging.warning('their activations cannot be kept, it will be done again: %s', error)
+    with (
+      picture_stream.open_images(path) as images, writer.Pace(len(images), unit='image') as pace,
+    ):
+      found = self.collect(
+        images.batches(self.batch_size), every=reference.every(len(images)), advance=pace.update
+      )
+    try:
+      reference.write(kept, found, {**self.network, 'of': sha256})
+      logging.info('their activations are kept: %s', kept)
+    except OSError as error:
+      logging.warning('their activations cannot be kept, it will be done again: %s', error)
     return reference.of(found)

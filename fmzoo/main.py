@@ -5,7 +5,7 @@ import sys
 
 from fmzoo import command_line
 
-STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended training early, all of it saved
+STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended a command early, all of it saved
 INTERRUPTED = 128 + signal.SIGINT  # of Ctrl-C
 
 
@@ -32,10 +32,10 @@ def _train(recipe, workdir, values):
 
 
 def _sample(recipe, workdir, values):
-  """See sample.sample."""
+  """See sample.sample; the status says whether it was stopped early."""
   from fmzoo import sample
 
-  sample.sample(recipe, workdir, values.step)
+  return STOPPED if sample.sample(recipe, workdir, values.step) is None else 0
 
 
 def _evaluate(recipe, workdir, values):

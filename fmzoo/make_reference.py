@@ -3,14 +3,14 @@
 import numpy as np
 from absl import logging
 
-from fmzoo import evaluators, picture_stream, pictures, sources
+from fmzoo import evaluators, picture_stream, pictures, sources, writer
 from fmzoo.data import images
 from fmzoo.metrics import protocol, reference
 from fmzoo.parallel import hosts
 
 
 def make_reference(recipe, path, source=None):
-  """Writes the statistics of real images, for eval.reference.
+  """Writes the statistics of real images, for eval.reference; of several hosts, the first does.
 
   Args:
     recipe: build.Recipe; section `eval` says which Inception sees them, and how.
@@ -22,6 +22,8 @@ def make_reference(recipe, path, source=None):
     ValueError: one line, if the file is there already or the source has no pictures.
   """
   reference.expect_absent(path)
+  if not hosts.is_main():
+    return
   evaluator = evaluators.Inception(recipe, with_reference=False)
   if source is None:
     count, batches, about = _recipe_images(recipe, evaluator.batch_size)
@@ -29,11 +31,11 @@ def make_reference(recipe, path, source=None):
     count, batches, about = _npz_images(source, evaluator.batch_size)
   else:
     count, batches, about = _source_images(recipe, source, evaluator.batch_size)
-  found = evaluator.collect(batches, count, every=reference.every(count))
+  with writer.Pace(count, unit='image') as pace:
+    found = evaluator.collect(batches, every=reference.every(count), advance=pace.update)
   about |= {'num_images': found.pool.count, **evaluator.network, 'code': protocol.code_version()}
-  if hosts.is_main():
-    reference.write(path, found, about)
-    logging.info('statistics of %d images: %s', found.pool.count, path)
+  reference.write(path, found, about)
+  logging.info('statistics of %d images: %s', found.pool.count, path)
 
 
 def _npz_images(path, size):

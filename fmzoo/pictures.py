@@ -1,12 +1,12 @@
 """Arrays to pictures on disk; a file is there complete or not at all."""
 
-import contextlib
 import math
-import os
 import pathlib
 import zipfile
 
 import numpy as np
+
+from fmzoo import files
 
 TILE = 64  # least side of a picture in a grid, in pixels
 GAP = 2  # between pictures of a grid, in pixels
@@ -28,36 +28,52 @@ def to_uint8(x):
   return (127.5 * x + 128).astype(np.uint8)
 
 
-def false_colour(latents):
-  """Shows the first three channels of latents as red, green and blue.
-
-  Each channel's 2nd to 98th percentile over all of `latents` spans 0 .. 255; a channel that is
-  flat or missing is grey.
+def colour_span(latents):
+  """Returns the 2nd and the 98th percentile of the first three channels, float [2, <= 3].
 
   Args:
     latents: [B, H, W, C] float.
+  """
+  return np.percentile(_first_channels(latents), (2, 98), axis=(0, 1, 2))
+
+
+def false_colour(latents, span=None):
+  """Shows the first three channels of latents as red, green and blue.
+
+  A channel that is flat or missing is grey.
+
+  Args:
+    latents: [B, H, W, C] float.
+    span: what becomes 0 and 255 in each channel, as `colour_span` returns it; None is that of
+      these latents.
 
   Returns:
     [B, H, W, 3] uint8.
   """
-  latents = np.nan_to_num(np.asarray(latents, np.float32)[..., :3], posinf=0.0, neginf=0.0)
-  low, high = np.percentile(latents, (2, 98), axis=(0, 1, 2))
+  low, high = colour_span(latents) if span is None else span
+  latents = _first_channels(latents)
   scaled = 2 * (latents - low) / np.where(high > low, high - low, 1) - 1
   scaled = np.where(high > low, scaled, 0.0)
   return to_uint8(np.pad(scaled, [(0, 0)] * 3 + [(0, 3 - scaled.shape[-1])]))
 
 
-def viewable(x):
+def _first_channels(latents):
+  """Returns [B, H, W, <= 3] float32, what is not finite being 0."""
+  return np.nan_to_num(np.asarray(latents, np.float32)[..., :3], posinf=0.0, neginf=0.0)
+
+
+def viewable(x, span=None):
   """Turns what a model made into pictures: grey or RGB as they are, latents in false colours.
 
   Args:
     x: [B, H, W, C] float, in [-1, 1] where C is 1 or 3; or what `pixels` made of it.
+    span: of the colours, see `false_colour`.
 
   Returns:
     [B, H, W, 1 or 3] uint8.
   """
   x = pixels(x)
-  return x if x.dtype == np.uint8 else false_colour(x)
+  return x if x.dtype == np.uint8 else false_colour(x, span)
 
 
 def pixels(x):
@@ -98,11 +114,21 @@ def save_grid(path, images, columns, scale=None):
   _save_png(path, grid(images, columns, scale))
 
 
-def save_folder(folder, images):
-  """Writes pictures [B, H, W, 1 or 3] uint8 as 00000.png, 00001.png, ... unscaled."""
+def save_folder(folder, images, *, first=0, count=0):
+  """Writes pictures as 00000.png, 00001.png, ... unscaled; those that are there stay.
+
+  Args:
+    folder: is made if missing.
+    images: [B, H, W, 1 or 3] uint8.
+    first: number of the first of them.
+    count: of all pictures of the folder; beyond 100,000 the names have six digits and more.
+  """
   _check(images)
-  for index, image in enumerate(images):
-    _save_png(pathlib.Path(folder) / f'{index:05d}.png', image)
+  digits = max(5, len(str(count - 1)))
+  for index, image in enumerate(images, first):
+    path = pathlib.Path(folder) / f'{index:0{digits}d}.png'
+    if not path.exists():
+      _save_png(path, image)
 
 
 def save_npz(path, images, labels):
@@ -120,7 +146,7 @@ def save_npz(path, images, labels):
     arrays = {'latents': np.asarray(images, np.float32)}
   else:
     arrays = {'arr_0': pixels(images)}
-  with _replacing(path) as file:
+  with files.replacing(path) as file:
     np.savez(file, **arrays, labels=np.asarray(labels, np.int32))
 
 
@@ -162,19 +188,5 @@ def _save_png(path, image):
   """Writes [H, W, 1 or 3] uint8."""
   from PIL import Image
 
-  with _replacing(path) as file:
+  with files.replacing(path) as file:
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
-
-
-@contextlib.contextmanager
-def _replacing(path):
-  """Opens a temporary file that takes the place of `path` if the block succeeds."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb') as file:
-      yield file
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -1,23 +1,21 @@
-"""Checkpoint to images: labels, noise by image index, one compiled sampler, one decoder."""
+"""Checkpoint to images on disk: labels, parameters, the command `sample` and its protocol."""
 
-import functools
+import contextlib
 import math
 import pathlib
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from fmzoo import checkpoint, cost, paths, pictures, sources, writer
+from fmzoo import checkpoint, hashes, npz, partial, paths, pictures, sources, writer
+from fmzoo import sampler as samplers
+from fmzoo.metrics import protocol as metrics_protocol
+from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
-PREVIEW_COLUMNS = 10
-PREVIEW_ROWS = 10
-DECODED_ROWS = 8  # latents a device decodes at a time: at 256 x 256, 0.5 GB for each large array
 NAME = 180  # longest description in a file name
-STREAM = zlib.crc32(b'sample')  # keeps images apart from training with the same seed
 
 
 def choose_labels(labels, count, num_classes, seed):
@@ -47,105 +45,6 @@ def choose_labels(labels, count, num_classes, seed):
       f' to {num_classes - 1}'
     )
   return np.resize(np.array(chosen, np.int32), count)
-
-
-class Decoder:
-  """A frozen VAE that turns the latents of a recipe into images, a few rows at a time.
-
-  Args:
-    recipe: build.Recipe; `data.vae` names the weights.
-    mesh: devices that share the rows; each keeps a copy of the weights.
-
-  Raises:
-    ValueError: one line, if the weights cannot be read or are of another network.
-  """
-
-  def __init__(self, recipe, mesh):
-    params = sources.load_vae(recipe.data)
-    whole, scale = meshes.replicated(mesh), recipe.data.latent_scale
-    decode = sources.autoencoder(recipe.data).decode
-    self.most = DECODED_ROWS * mesh.size
-    self.params = jax.device_put({'decoder': params['decoder']}, whole)
-    self.run = jax.jit(
-      lambda params, latents: decode(
-        params, jax.lax.with_sharding_constraint(latents, meshes.rows_sharded(mesh)) / scale
-      ),
-      in_shardings=(whole, whole), out_shardings=whole,
-    )
-
-  def __call__(self, latents, rows):
-    """Returns images [n, H, W, 3] of latents [n, h, w, C], both float32 on the host.
-
-    Args:
-      latents: times data.latent_scale, as samplers make them.
-      rows: of a whole batch, a multiple of the devices; so many, or fewer, are decoded at a time.
-    """
-    rows, images = min(rows, self.most), []
-    for first in range(0, len(latents), rows):
-      part = latents[first : first + rows]
-      padded = np.resize(part, (rows, *part.shape[1:]))  # one shape, one compilation
-      images.append(np.asarray(self.run(self.params, padded))[: len(part)])
-    return np.concatenate(images)
-
-
-class Sampler:
-  """The recipe's sampler compiled once; image i depends on its seed, i and its label alone."""
-
-  def __init__(self, recipe, mesh):
-    self.recipe, self.mesh = recipe, mesh
-    self.decode = Decoder(recipe, mesh) if recipe.data.vae else None
-    rows = meshes.rows_sharded(mesh)
-    self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
-
-    def run(params, seed, first, labels):
-      """Labels come whole, as several hosts can hand them over, and are cut over devices here."""
-      keys = image_keys(seed, first, labels.shape[0])
-      return self.sample(params, *jax.lax.with_sharding_constraint((keys, labels), (rows, rows)))
-
-    whole = meshes.replicated(mesh)
-    self.run = jax.jit(run, in_shardings=(whole, None, None, whole), out_shardings=whole)
-
-  def __call__(self, params, labels, seed, progress=False):
-    """Returns images of labels [n] as float32 [n, H, W, C] on the host."""
-    return np.concatenate(list(self.batches(params, labels, seed, progress)))
-
-  def batches(self, params, labels, seed, progress=False):
-    """Yields images of labels [n] as float32 [<= batch, H, W, C] on the host.
-
-    Those are latents as the method made them, where data are latents and there is no VAE.
-    """
-    size = min(self.recipe.sample.batch_size, len(labels))
-    size = math.ceil(size / self.mesh.size) * self.mesh.size
-    bar = writer.Progress(len(labels), 0, unit='image') if progress else None
-    for first in range(0, len(labels), size):
-      part = np.resize(labels[first : first + size], size)  # one shape, one compilation
-      batch = np.asarray(self.run(params, seed, first, part))[: len(labels) - first]
-      yield batch if self.decode is None else self.decode(batch, size)
-      if bar:
-        bar.update(len(batch))
-    if bar:
-      bar.close()
-
-  def preview(self, params):
-    """Returns a square of pictures, uint8 [n, H, W, 1 or 3]: one class a row, the noise fixed."""
-    rows = np.arange(PREVIEW_ROWS * PREVIEW_COLUMNS) // PREVIEW_COLUMNS
-    labels = (rows % self.recipe.data.num_classes).astype(np.int32)
-    return pictures.viewable(self(params, labels, self.recipe.sample.seed))
-
-  def macs_per_image(self, params):
-    """Returns multiply-adds of one image: all network calls, guidance included."""
-    count = 8  # part of the work may be shared by a batch
-    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
-    keys = jax.eval_shape(lambda: image_keys(0, 0, count))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return cost.matmul_flops(self.sample, abstract, keys, labels) / 2 / count
-
-
-def image_keys(seed, first, count):
-  """Returns keys [count] of the images first .. first + count - 1."""
-  stream = jax.random.fold_in(jax.random.key(seed), STREAM)
-  indices = first + jnp.arange(count)
-  return jax.vmap(lambda index: jax.random.fold_in(stream, index))(indices)
 
 
 def load_params(recipe, mesh, workdir, at_step=None):
@@ -198,51 +97,183 @@ def describe(recipe, **chosen):
   return name if len(name) <= NAME else f'{name[: NAME - 9]}-{zlib.crc32(name.encode()):08x}'
 
 
-def sample(recipe, workdir, at_step=None):
-  """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
+def chunk_rows(recipe, count):
+  """Returns how many of `count` images a device makes at a time."""
+  return min(samplers.ROWS, recipe.sample.batch_size, count)
 
-  Latents are decoded if `data.vae` is given, else written as they are: see `pictures.save_npz`.
+
+def protocol(recipe, params, done, *, labels, num_images, weights):
+  """Returns all that one needs to make the same images again, as plain values.
 
   Args:
     recipe: build.Recipe.
-    workdir: of the run; images go to its samples/.
+    params: tree; their hash is part of it.
+    done: finished steps of these parameters.
+    labels: as in `choose_labels`.
+    num_images: how many.
+    weights: 'ema' or 'params'.
+  """
+  data = recipe.data
+  is_picture = bool(data.vae) or data.channels in (1, 3)
+  return {
+    'method': recipe.method_name,
+    'step': int(done),
+    'weights': weights,
+    'weights_sha256': hashes.tree_sha256(params),
+    'num_images': num_images,
+    'labels': labels,
+    'seed': recipe.sample.seed,
+    'sampler': {key: _plain(value) for key, value in recipe.sample_options.items()},
+    'dtype': recipe.network.dtype,
+    'precision': recipe.network.precision,
+    'vae': _vae_protocol(data) if data.vae else None,
+    'pixels': 'uint8: clip(127.5 x + 128, 0, 255), cut off' if is_picture else 'float32 latents',
+    'recipe': recipe.identity,
+    'code': metrics_protocol.code_version(),
+  }
+
+
+def _vae_protocol(data):
+  """Returns what decodes the latents: the file's name, its numbers, and how they are computed."""
+  return {
+    'file': pathlib.Path(data.vae).name,
+    'decoder_sha256': hashes.tree_sha256(sources.load_vae(data)['decoder']),
+    'dtype': data.vae_dtype,
+    'latent_scale': data.latent_scale,
+  }
+
+
+def _plain(value):
+  """Returns an option as JSON gives it back."""
+  return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def sample(recipe, workdir, at_step=None):
+  """Writes images of a checkpoint: an ADM `.npz`, a grid PNG and, if asked, a PNG each.
+
+  Latents are decoded if `data.vae` is given, else written as they are, float32 under the name
+  `latents`. Beside the `.npz` lies a `.json`, the `protocol` of the images. What was finished
+  before a process was stopped or killed is gone on with, on any devices and hosts.
+
+  Args:
+    recipe: build.Recipe.
+    workdir: of the run; images go to its samples/. All hosts must see it.
     at_step: finished steps of the checkpoint; None is the newest.
 
   Returns:
-    Path of the `.npz`.
+    Path of the `.npz`, or None if SIGTERM came before the last image.
+
+  Raises:
+    ValueError: one line, if there are other images of this name, or somebody is making them.
   """
   settings = recipe.sample
   labels = choose_labels(
     settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
   )
+  rows = chunk_rows(recipe, settings.num_images)
   mesh = meshes.make(recipe.mesh)
-  sampler = Sampler(recipe, mesh)
+  own = meshes.of_this_host(mesh, at_most=math.ceil(settings.num_images / rows))
+  sampler = samplers.Sampler(recipe, own)
   params, done = load_params(recipe, mesh, workdir, at_step)
-  images = np.concatenate([
-    pictures.pixels(batch)
-    for batch in sampler.batches(params, labels, settings.seed, progress=True)
-  ])
-  folder = pathlib.Path(workdir) / 'samples'
-  vae_file = recipe.data.vae
-  decoder = {'vae': vae_file} if vae_file else {}  # latents stay beside their images
-  chosen = describe(recipe, weights=settings.weights, labels=settings.labels, **decoder)
-  name = f'step={done}_n={len(images)}_{chosen}'
-  path = folder / f'{name}.npz'
-  pictures.save_npz(path, images, labels)
-  shown = pictures.viewable(images[: PREVIEW_ROWS * PREVIEW_COLUMNS])
-  pictures.save_grid(folder / f'{name}.png', shown, PREVIEW_COLUMNS)
-  if images.dtype == np.uint8:
-    logging.info('%d images of step %d: %s and its grid, .png', len(images), done, path)
-  else:
-    logging.warning(
-      '%d latents of step %d, no images yet: %s (array latents, times data.latent_scale=%g) and'
-      ' its grid in false colours, .png; --config.data.vae=FILE.safetensors decodes them',
-      len(images), done, path, recipe.data.latent_scale,
-    )
-  if settings.png_folder:
-    pictures.save_folder(folder / name, pictures.viewable(images))
-    logging.info('one PNG each: %s', folder / name)
+  shape = sampler.image_shape(params)
+  plan = protocol(
+    recipe, params, done, labels=settings.labels, num_images=settings.num_images,
+    weights=settings.weights,
+  )
+  plan |= {'shape': list(shape), 'stored': 'uint8' if shape[-1] in (1, 3) else 'float32'}
+  path = pathlib.Path(workdir) / 'samples' / f'{_name(recipe, done)}.npz'
+  job = partial.Job(path, plan, rows)
+  with contextlib.ExitStack() as stack:
+    if job.is_finished:
+      logging.info('%d images of step %d are there already: %s', len(labels), done, path)
+    else:
+      _begin(job, stack)
+      if not _generate(job, sampler, meshes.copy_to(own, params), labels, settings.seed):
+        return None
+    hosts.barrier('fmzoo_sample_made')
+    if hosts.is_main():
+      _finish(job, recipe, labels)
+    hosts.barrier('fmzoo_sample_finished')
   return path
+
+
+def _name(recipe, done):
+  """Returns what the files of a sampling are called."""
+  settings, vae = recipe.sample, recipe.data.vae
+  decoder = {'vae': vae} if vae else {}  # latents stay beside their images
+  chosen = describe(recipe, weights=settings.weights, labels=settings.labels, **decoder)
+  return f'step={done}_n={settings.num_images}_{chosen}'
+
+
+def _begin(job, stack):
+  """Locks this host's share, until the stack is left; all hosts refuse what one of them does."""
+  problem = None
+  try:
+    stack.enter_context(job.locked(jax.process_index()))
+    if hosts.is_main():
+      job.write_plan()
+  except (ValueError, OSError) as error:
+    problem = error
+  if not hosts.all_agree(problem is None):
+    raise problem or ValueError(f'{job.folder}: another host cannot go on, see its log')
+
+
+def _generate(job, sampler, params, labels, seed):
+  """Makes the chunks of this host that are missing; returns whether all of them are there now."""
+  share = hosts.share(job.chunks)
+  missing = job.missing(share)
+  total = sum(map(job.size, share))
+  done = total - sum(map(job.size, missing))
+  if done:
+    logging.info('%d of %d images are there already: %s', done, total, job.folder)
+  # The runtime of several hosts catches SIGTERM itself; they go on until they are killed.
+  preemption = hosts.Preemption() if hosts.count() == 1 else contextlib.nullcontext()
+  with preemption as stop, writer.Pace(total, done, unit='image') as pace:
+    for chunk, images in sampler.chunks(params, labels, seed, job.rows, missing):
+      job.write(chunk, pictures.pixels(images))
+      done += len(images)
+      pace.update(len(images))
+      if stop and stop.reached(done) and done < total:
+        logging.warning(
+          'stopped by SIGTERM after %d of %d images; the same command goes on', done, total
+        )
+        return False
+  return True
+
+
+def _finish(job, recipe, labels):
+  """Turns chunks into the `.npz` and pictures, tells where they are, removes the chunks."""
+  path, is_new = job.path, not job.is_finished
+  if is_new:
+    job.assemble(labels)
+    _tell(path, job.plan, recipe.data.latent_scale)
+  folder = path.with_name(path.name.removesuffix('.npz'))
+  with npz.Reader(path) as reader:
+    name = reader.names()[0]
+    first = next(reader.rows(name, samplers.PREVIEW_ROWS * samplers.PREVIEW_COLUMNS))
+    span = None if first.dtype == np.uint8 else pictures.colour_span(first)
+    if is_new:
+      shown = pictures.viewable(first, span)
+      pictures.save_grid(folder.with_name(f'{folder.name}.png'), shown, samplers.PREVIEW_COLUMNS)
+    if recipe.sample.png_folder:
+      for start, images in zip(range(0, len(labels), job.rows), reader.rows(name, job.rows)):
+        shown = pictures.viewable(images, span)
+        pictures.save_folder(folder, shown, first=start, count=len(labels))
+      logging.info('one PNG each: %s', folder)
+  job.remove()
+
+
+def _tell(path, plan, latent_scale):
+  """Says what was written and, of latents, what they are still to become."""
+  count, done = plan['num_images'], plan['step']
+  if plan['stored'] == 'uint8':
+    logging.info('%d images of step %d: %s and its grid, .png', count, done, path)
+    return
+  logging.warning(
+    '%d latents of step %d, no images yet: %s (array latents, times data.latent_scale=%g) and'
+    ' its grid in false colours, .png; --config.data.vae=FILE.safetensors decodes them',
+    count, done, path, latent_scale,
+  )
 
 
 def initial_params(recipe, mesh, identity):

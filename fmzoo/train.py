@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, evaluators, pictures, sample, sources, step, writer
+from fmzoo import build, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
+from fmzoo import sampler as samplers
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import hosts
@@ -42,8 +43,8 @@ def train(recipe, workdir):
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
-    evaluator = evaluators.make(recipe) if evaluates(recipe) else None
-    sampler = sample.Sampler(recipe, mesh)
+    sampler = samplers.Sampler(recipe, mesh)
+    measurement = evaluation.Measurement(recipe, mesh, sampler) if evaluates(recipe) else None
     inputs, frozen = sources.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
     row = {name: values[0] for name, values in rows.batch(np.arange(1)).items()}
@@ -56,7 +57,7 @@ def train(recipe, workdir):
       num_threads=recipe.data.num_threads, num_workers=recipe.data.num_workers,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
-    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, evaluator, start))
+    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, measurement, start))
     hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
@@ -140,9 +141,9 @@ def write_config(recipe, workdir):
 class Hooks:
   """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
 
-  def __init__(self, recipe, workdir, sampler, checkpoints, evaluator, start):
+  def __init__(self, recipe, workdir, sampler, checkpoints, measurement, start):
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
-    self.sampler, self.evaluator = sampler, evaluator
+    self.sampler, self.measurement = sampler, measurement
     self.measuring, self.thread = [], concurrent.futures.ThreadPoolExecutor(1)
     self.pending, self.started, self.since, self.waited = [], time.time(), start, 0.0
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
@@ -169,7 +170,7 @@ class Hooks:
       self.checkpoints.save(done, state)
     if log.preview_every_steps and self.due(done, log.preview_every_steps):
       self.preview(done, state)
-    if self.evaluator and self.due(done, self.recipe.eval.every_steps):
+    if self.measurement and self.due(done, self.recipe.eval.every_steps):
       self.evaluate(done, state)
 
   @contextlib.contextmanager
@@ -193,7 +194,7 @@ class Hooks:
     if self.recipe.log.preview_every_steps and not self.picture(done).exists():
       self.preview(done, state)
     name = evaluation.result_name(self.recipe, done, 'ema')
-    if self.evaluator and not (self.workdir / 'evaluations' / name).exists():
+    if self.measurement and not (self.workdir / 'evaluations' / name).exists():
       self.evaluate(done, state)
 
   def log(self, done):
@@ -235,8 +236,8 @@ class Hooks:
   def preview(self, done, state):
     """Writes a grid of samples of the averaged weights, the same noise every time."""
     images = self.sampler.preview(step.ema_params(state))
-    pictures.save_grid(self.picture(done), images, sample.PREVIEW_COLUMNS)
-    self.writer.images(done, {'samples': pictures.grid(images, sample.PREVIEW_COLUMNS)})
+    pictures.save_grid(self.picture(done), images, samplers.PREVIEW_COLUMNS)
+    self.writer.images(done, {'samples': pictures.grid(images, samplers.PREVIEW_COLUMNS)})
     logging.info('preview: %s', self.picture(done))
 
   def picture(self, done):
@@ -245,10 +246,10 @@ class Hooks:
 
   def evaluate(self, done, state):
     """Measures the averaged weights; training waits for the devices' part of it alone."""
-    collected = evaluation.collect(
-      self.recipe, self.evaluator, self.sampler, step.ema_params(state), done, weights='ema'
+    collected = self.measurement.collect(step.ema_params(state), done, weights='ema')
+    report = self.thread.submit(
+      evaluation.report, self.workdir, self.measurement.evaluator, collected
     )
-    report = self.thread.submit(evaluation.report, self.workdir, self.evaluator, collected)
     self.measuring.append((done, report))
 
   def tell_measured(self, wait=False):

@@ -4,8 +4,11 @@ import json
 import math
 import os
 import sys
+import time
 
 from absl import flags, logging
+
+SECONDS_PER_LINE = 30  # of the log, where there is no terminal for a bar
 
 
 def _step_of(line):
@@ -156,6 +159,40 @@ class Progress:
 
   def __exit__(self, *exc_info):
     self.close()
+
+
+class Pace:
+  """Tells how far long work is: a bar on a terminal, elsewhere a line now and then.
+
+  Args:
+    total: how many units there are.
+    start: how many are done already.
+    unit: what is counted; an s makes it many.
+  """
+
+  def __init__(self, total, start=0, *, unit):
+    self._total, self._start, self._done, self._unit = total, start, start, unit
+    self._begun = self._told = time.monotonic()
+    self._bar = Progress(total, start, unit)
+
+  def update(self, n=1):
+    """Counts `n` more units."""
+    self._bar.update(n)
+    self._done += n
+    now = time.monotonic()
+    if not sys.stderr.isatty() and now - self._told >= SECONDS_PER_LINE:
+      self._told = now
+      rate = (self._done - self._start) / (now - self._begun)
+      logging.info(
+        '%s of %s %ss, %.1f %ss/s, %.0f s left', f'{self._done:,}', f'{self._total:,}', self._unit,
+        rate, self._unit, (self._total - self._done) / rate,
+      )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self._bar.close()
 
 
 class OwnLines:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmzoo import evaluate, evaluators, main, make_reference, pictures, sample, train
+from fmzoo import evaluate, evaluators, main, make_reference, pictures, sample, sampler, train
 from fmzoo.convert import inception as official
 from fmzoo.metrics import activations, reference
 from fmzoo.models import inception
@@ -153,10 +153,11 @@ def test_a_failing_report_ends_the_run_with_its_reason(recipe, tmp_path, monkeyp
 
 
 def test_numbers_of_a_diverged_network_are_refused(recipe, tmp_path):
-  sampler = sample.Sampler(recipe, meshes.make(recipe.mesh))
+  mesh = meshes.make(recipe.mesh)
+  measurement = evaluate.Measurement(recipe, mesh, sampler.Sampler(recipe, mesh))
   params = jax.tree.map(lambda leaf: leaf * jnp.nan, tiny.init(recipe))
   with pytest.raises(ValueError, match='image 0 and 9 others of 10 hold numbers that are not'):
-    evaluate.collect(recipe, evaluators.make(recipe), sampler, params, 4, weights='ema')
+    measurement.collect(params, 4, weights='ema')
 
 
 def test_images_of_a_reference_are_seen_once(weights, tmp_path, monkeypatch):

@@ -36,7 +36,12 @@ ALLOWED = {
   'fmzoo.convert.weights': ({'numpy', 'safetensors', 'torch'}, {'fmzoo.convert'}),
   'fmzoo.convert': (
     {'jax', 'numpy', 'safetensors', 'ml_dtypes'}, {'fmzoo.models', 'fmzoo.convert'}),
-  'fmzoo.pictures': ({'numpy', 'PIL'}, set()),
+  'fmzoo.files': (set(), set()),
+  'fmzoo.hashes': ({'jax', 'numpy'}, set()),
+  'fmzoo.npz': ({'numpy'}, set()),
+  'fmzoo.pictures': ({'numpy', 'PIL'}, {'fmzoo.files'}),
+  'fmzoo.picture_stream': ({'numpy', 'PIL'}, {'fmzoo.npz'}),
+  'fmzoo.partial': ({'numpy'}, {'fmzoo.files', 'fmzoo.npz'}),
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
   'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
   'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
@@ -54,27 +59,31 @@ ALLOWED = {
     'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
   'fmzoo.sources': ({'absl'}, {
     'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
+  'fmzoo.sampler': ({'jax', 'numpy'}, {
+    'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.cost', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sources',
-    'fmzoo.writer', 'fmzoo.parallel'}),
+    'fmzoo.checkpoint', 'fmzoo.hashes', 'fmzoo.metrics.protocol', 'fmzoo.npz', 'fmzoo.parallel',
+    'fmzoo.partial', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sampler', 'fmzoo.sources',
+    'fmzoo.writer'}),
   'fmzoo.evaluators': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.convert.inception', 'fmzoo.metrics', 'fmzoo.models.inception', 'fmzoo.parallel',
     'fmzoo.picture_stream', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
-    'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
-    'fmzoo.pictures', 'fmzoo.sample'}),
+    'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.writer'}),
   'fmzoo.make_reference': ({'numpy', 'absl'}, {
     'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel',
-    'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources'}),
+    'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.evaluators', 'fmzoo.parallel',
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
+    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
+    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step',
+    'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
-    'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights', 'fmzoo.bench',
-    'fmzoo.bench_loader', 'fmzoo.precision'}),
+    'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights',
+    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

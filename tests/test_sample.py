@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fmzoo import sample
+from fmzoo import sampler as samplers
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
@@ -16,7 +17,7 @@ def test_an_image_depends_on_its_index_and_not_on_the_batch(tmp_path):
   for devices, size in ((1, 7), (8, 16), (1, 30)):
     mesh = meshes.make(meshes.Config(data=devices, mode='jit'))
     part = tiny.recipe('fm', sample__batch_size=size)
-    images.append(sample.Sampler(part, mesh)(params, np.arange(30, dtype=np.int32) % 10, 3))
+    images.append(samplers.Sampler(part, mesh)(params, np.arange(30, dtype=np.int32) % 10, 3))
   np.testing.assert_allclose(images[1], images[0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(images[2], images[0], rtol=0, atol=1e-5)
   assert np.abs(images[0][0] - images[0][10]).max() > 0.1
@@ -51,7 +52,7 @@ def test_guided_sampling_is_shared_by_the_devices():
     mesh = meshes.make(recipe.mesh)
     params = sample.abstract_params(recipe, mesh)
     labels = jax.ShapeDtypeStruct((16,), 'int32')
-    compiled = sample.Sampler(recipe, mesh).run.lower(params, 0, 0, labels).compile()
+    compiled = samplers.Sampler(recipe, mesh).run.lower(params, 0, labels, labels).compile()
     return compiled.cost_analysis()['flops']
 
   assert flops(4) < 0.35 * flops(1)

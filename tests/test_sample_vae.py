@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo import main, pictures, sample, train
+from fmzoo import main, pictures, sample, sources, train
+from fmzoo import sampler as samplers
 from fmzoo.convert import vae as official
 from fmzoo.convert import weights
 from fmzoo.data import shards
@@ -106,7 +107,7 @@ def test_sample_writes_decoded_images_beside_latents(folder, monkeypatch):
   expect_equal(images['arr_0'], by_hand(plain['latents']))
   np.testing.assert_array_equal(images['labels'], plain['labels'])
   grid = np.asarray(Image.open(image_path.with_suffix('.png')))
-  np.testing.assert_array_equal(grid, pictures.grid(images['arr_0'], sample.PREVIEW_COLUMNS))
+  np.testing.assert_array_equal(grid, pictures.grid(images['arr_0'], samplers.PREVIEW_COLUMNS))
   last = np.asarray(Image.open(image_path.with_suffix('') / f'{COUNT - 1:05d}.png'))
   np.testing.assert_array_equal(last, images['arr_0'][-1])
 
@@ -116,26 +117,32 @@ def test_previews_of_training_are_decoded(folder):
   mesh = meshes.make(recipe.mesh)
   params, _ = sample.load_params(recipe, mesh, folder / 'run')
   labels = np.arange(100, dtype=np.int32) // 10
-  images = by_hand(sample.Sampler(recipe, mesh)(params, labels, recipe.sample.seed))
+  images = by_hand(samplers.Sampler(recipe, mesh)(params, labels, recipe.sample.seed))
   shown = np.asarray(Image.open(folder / 'run' / 'samples' / 'step_0000002.png'))
-  expect_equal(shown, pictures.grid(images, sample.PREVIEW_COLUMNS))
+  expect_equal(shown, pictures.grid(images, samplers.PREVIEW_COLUMNS))
 
 
 def test_latents_are_decoded_a_few_at_a_time_on_every_device(folder, monkeypatch):
-  """One shape and one compilation a batch size, never more rows than a device has room for."""
-  monkeypatch.setattr(sample, 'DECODED_ROWS', 3)
+  """Never more rows than a device has room for; a group of the last ones is filled up."""
+  monkeypatch.setattr(samplers, 'DECODED_ROWS', 3)
   recipe = tiny_recipe(folder, data__vae=str(folder / 'vae.safetensors'))
-  latent = SCALE * np.random.default_rng(1).standard_normal((13, SIDE, SIDE, CHANNELS))
+  latent = SCALE * np.random.default_rng(1).standard_normal((16, SIDE, SIDE, CHANNELS))
   latent = latent.astype(np.float32)
-  expected = by_hand(latent)
-  for devices, size, shapes in ((1, 13, [3] * 5), (2, 14, [6] * 3), (4, 4, [4] * 4)):
-    decoder = sample.Decoder(recipe, meshes.make(meshes.Config(data=devices, mode='jit')))
-    run, seen = decoder.run, []
-    decoder.run = lambda params, rows, run=run, seen=seen: seen.append(len(rows)) or run(
-      params, rows
-    )
-    expect_equal(pictures.to_uint8(decoder(latent, size)), expected)
-    assert seen == shapes and run._cache_size() == 1
+  expected, decode, seen = by_hand(latent), sources.autoencoder(recipe.data).decode, []
+
+  def noted(params, rows):
+    """Decodes, and keeps how many rows were asked for."""
+    seen.append(len(rows))
+    return decode(params, rows)
+
+  monkeypatch.setattr(
+    sources, 'autoencoder', lambda data: vae.make(tiny.VAE)._replace(decode=noted)
+  )
+  for devices, rows in ((1, 3), (2, 3), (8, 2)):
+    seen.clear()
+    decoder = samplers.Decoder(recipe, meshes.make(meshes.Config(data=devices, mode='jit')))
+    expect_equal(pictures.to_uint8(decoder(latent)), expected)
+    assert set(seen) == {rows}
     assert set(decoder.params) == {'decoder'}, 'the encoder takes memory for nothing'
 
 

@@ -20,6 +20,17 @@ def is_main():
   return jax.process_index() == 0
 
 
+def count():
+  """Returns how many processes there are."""
+  return jax.process_count()
+
+
+def share(total):
+  """Returns the range of `total` things that is this process's: together all, in their order."""
+  index, processes = jax.process_index(), jax.process_count()
+  return range(total * index // processes, total * (index + 1) // processes)
+
+
 def all_agree(holds):
   """True if `holds` is true in every process; all of them must call it, and all get one answer."""
   if jax.process_count() == 1:

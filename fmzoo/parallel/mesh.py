@@ -43,6 +43,28 @@ def local():
   return Mesh(np.array(jax.local_devices()), ('data',))
 
 
+def of_this_host(mesh, at_most):
+  """Returns a Mesh of those devices of a mesh that are this host's, the first `at_most` of them.
+
+  Raises:
+    ValueError: if it has none there.
+  """
+  devices = mesh.local_devices[:at_most]
+  if not devices:
+    raise ValueError(
+      f'mesh.data={mesh.size} leaves no device for host {jax.process_index()} of'
+      f' {jax.process_count()}; use -1'
+    )
+  return Mesh(np.array(devices), ('data',))
+
+
+def copy_to(mesh, tree):
+  """Copies a tree that every host holds whole to this host's devices of another mesh."""
+  return jax.device_put(
+    jax.tree.map(lambda leaf: leaf.addressable_data(0), tree), replicated(mesh)
+  )
+
+
 def replicated(mesh):
   """Returns the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,46 @@
+"""Files that are there complete or not at all."""
+
+import contextlib
+import json
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def replacing(path, sync=False):
+  """Opens a temporary file that takes the place of `path` if the block succeeds.
+
+  Args:
+    path: its folder is made if missing.
+    sync: whether the bytes must be on disk first, lest a lost machine leaves an empty file.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      yield file
+      if sync:
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path, values):
+  """Writes plain values, the file as a whole and on disk."""
+  with replacing(path, sync=True) as file:
+    file.write((json.dumps(values, indent=2) + '\n').encode())
+
+
+def read_json(path):
+  """Returns what `write_json` wrote.
+
+  Raises:
+    ValueError: if it is no JSON.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); remove it and run the command again') from error
