@@ -19,7 +19,7 @@ def run(argv):
 
   writer.setup_logging()
   if values.compare is not None:
-    return _compare(values.compare)
+    return _compare(values.compare) or 0
   return COMMANDS[command](build.recipe(config), workdir, values) or 0
 
 

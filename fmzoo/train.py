@@ -37,14 +37,14 @@ def train(recipe, workdir):
   mesh = meshes.make(recipe.mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = sources.open_rows(recipe)
+  sampler = samplers.Sampler(recipe, mesh)
+  measurement = evaluation.Measurement(recipe, mesh, sampler) if evaluates(recipe) else None
   checkpoints = sample.open_checkpoints(recipe, workdir, read_only=False)
   begun = time.time()
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints)
     preemption = stack.enter_context(hosts.Preemption())
     check_start(recipe, checkpoints)
-    sampler = samplers.Sampler(recipe, mesh)
-    measurement = evaluation.Measurement(recipe, mesh, sampler) if evaluates(recipe) else None
     inputs, frozen = sources.inputs(recipe, rows, workdir)
     frozen = jax.device_put(frozen, meshes.replicated(mesh))
     row = {name: values[0] for name, values in rows.batch(np.arange(1)).items()}
