@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import math
 import pathlib
 import shutil
@@ -10,18 +11,21 @@ import numpy as np
 
 from fmzoo import files, npz
 
+PLAN = 'plan.json'
 FREE = ('code', 'rows')  # of a plan: may change when a job goes on
 
 
 class Job:
-  """A folder `<name>.partial` with the plan of `count` images and the chunks that are finished.
+  """A folder `<name>.partial` with the plan of some images and the chunks that are finished.
 
   A chunk holds `rows` images, the last one what is left; a file of another size counts as missing.
-  `rows` are those of the job that is gone on with, so that its chunks stay as they would have been.
+  Where there are chunks to go on with, `rows` are theirs, so that the others come out as they would
+  have done.
 
   Args:
     path: of the finished file, `<name>.npz`; its record is `<name>.json`.
-    plan: plain values, all that decides the images.
+    plan: plain values, all that decides the images; `num_images`, `shape` (H, W, C) of an image and
+      `stored`, the dtype of its numbers, among them.
     rows: images of a chunk.
 
   Raises:
@@ -29,13 +33,15 @@ class Job:
   """
 
   def __init__(self, path, plan, rows):
-    self.path, self.plan, self.rows = pathlib.Path(path), plan, rows
+    self.path, self.rows = pathlib.Path(path), rows
+    self.plan = json.loads(json.dumps(plan))  # as it is read back
     name = self.path.name.removesuffix('.npz')
     self.record = self.path.with_name(f'{name}.json')
     self.folder = self.path.with_name(f'{name}.partial')
-    if found := self._plan_in(self.folder / 'plan.json'):
+    found = self._plan_in(self.folder / PLAN)
+    if found and any(self.folder.glob('*[0-9]-*[0-9]')):
       self.rows = found['rows']
-    elif self.path.exists() and not self._plan_in(self.record):
+    if not found and self.path.exists() and not self._plan_in(self.record):
       raise ValueError(
         f'{self.path} is there without {self.record.name}, which says what it is; move it away or'
         ' choose another workdir'
@@ -57,7 +63,7 @@ class Job:
   @property
   def is_finished(self):
     """Whether the finished file is there, and nothing is left to be done."""
-    return self.path.exists() and self.record.exists() and not self.folder.exists()
+    return self.path.exists() and not (self.folder / PLAN).exists()
 
   @property
   def chunks(self):
@@ -65,9 +71,8 @@ class Job:
     return math.ceil(self.plan['num_images'] / self.rows)
 
   def write_plan(self):
-    """Writes the plan, unless a job is gone on with."""
-    if not (self.folder / 'plan.json').exists():
-      files.write_json(self.folder / 'plan.json', self.plan | {'rows': self.rows})
+    """Says what the chunks are of, before the first of them."""
+    files.write_json(self.folder / PLAN, self.plan | {'rows': self.rows})
 
   @contextlib.contextmanager
   def locked(self, process_index):
@@ -152,6 +157,7 @@ class Job:
 
   def remove(self):
     """Removes the folder, if there is one, once its images are elsewhere."""
+    (self.folder / PLAN).unlink(missing_ok=True)  # first: without it nobody goes on
     shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -112,6 +112,25 @@ def test_saved_folder_has_a_picture_each(tmp_path):
       np.testing.assert_array_equal(np.asarray(saved), image)
 
 
+def test_a_folder_is_filled_in_parts_and_what_is_there_stays(tmp_path):
+  images = random_images(4)
+  pictures.save_folder(tmp_path, images[2:], first=99_998, count=100_001)
+  assert [file.name for file in sorted(tmp_path.iterdir())] == ['099998.png', '099999.png']
+  before = (tmp_path / '099998.png').read_bytes()
+  pictures.save_folder(tmp_path, images[:3], first=99_998, count=100_001)
+  assert (tmp_path / '099998.png').read_bytes() == before
+  with Image.open(tmp_path / '100000.png') as saved:
+    np.testing.assert_array_equal(np.asarray(saved), images[2, :, :, 0])
+
+
+def test_one_span_of_colours_serves_parts():
+  latents = np.random.default_rng(0).standard_normal((6, 8, 8, 4)).astype(np.float32)
+  latents[3:] *= 3
+  span = pictures.colour_span(latents)
+  parts = [pictures.viewable(part, span) for part in (latents[:3], latents[3:])]
+  np.testing.assert_array_equal(np.concatenate(parts), pictures.false_colour(latents))
+
+
 @pytest.mark.parametrize('images,columns,words', [
   (np.zeros((2, 8, 8, 1), np.float32), 1, 'float32'),
   (np.zeros((0, 8, 8, 1), np.uint8), 1, 'at least 1'),

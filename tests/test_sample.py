@@ -1,13 +1,23 @@
 """Images depend on seed, index and label alone; labels and file names are what was asked for."""
 
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
 import jax
 import numpy as np
 import pytest
 
-from fmzoo import sample
+from fmzoo import convert_weights, partial, pictures, sample, train
 from fmzoo import sampler as samplers
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_an_image_depends_on_its_index_and_not_on_the_batch(tmp_path):
@@ -43,6 +53,12 @@ def test_random_labels_come_from_the_seed():
   assert set(first) == set(range(10))
 
 
+@pytest.mark.parametrize('labels', ['random', 'balanced', '3,1'])
+def test_a_label_does_not_depend_on_how_many_there_are(labels):
+  few, many = (sample.choose_labels(labels, count, 1000, 5) for count in (333, 50_000))
+  np.testing.assert_array_equal(few, many[:333])
+
+
 def test_guided_sampling_is_shared_by_the_devices():
   """Each of four devices does a quarter of the work, the layers of conditions aside."""
   def flops(devices):
@@ -56,3 +72,166 @@ def test_guided_sampling_is_shared_by_the_devices():
     return compiled.cost_analysis()['flops']
 
   assert flops(4) < 0.35 * flops(1)
+
+
+def made(workdir, seed=1, **changes):
+  """Returns a tiny recipe whose checkpoint lies in a workdir, and is made there if need be."""
+  recipe = tiny.recipe('fm', **{
+    'sample__num_steps': 2, 'sample__num_images': 53, 'sample__labels': 'random', **changes,
+  })
+  if not (workdir / 'checkpoints').exists():
+    params = tiny.warm(tiny.init(recipe), seed)
+    with sample.open_checkpoints(recipe, workdir, read_only=False) as checkpoints:
+      train.write_config(recipe, workdir)
+      checkpoints.save(0, convert_weights.Weights(jax.device_put(params)))
+  return recipe
+
+
+def files(workdir):
+  """Returns {name: bytes} of everything in samples/."""
+  paths = (path for path in (workdir / 'samples').rglob('*') if path.is_file())
+  return {path.name: path.read_bytes() for path in paths}
+
+
+def stop_after(monkeypatch, chunks):
+  """Has the next `sample` fail once it has written so many chunks."""
+  write, left = partial.Job.write, [chunks]
+
+  def counted(self, chunk, images):
+    if not left[0]:
+      raise InterruptedError
+    left[0] -= 1
+    write(self, chunk, images)
+
+  monkeypatch.setattr(partial.Job, 'write', counted)
+
+
+def test_the_file_is_the_same_to_the_last_bit(tmp_path, monkeypatch):
+  """Whatever the batch, the devices, the number of images and the interruptions."""
+  monkeypatch.setattr(samplers, 'ROWS', 5)
+  whole = tmp_path / 'whole'
+  path = sample.sample(made(whole, mesh__data=1, sample__batch_size=5), whole)
+  with np.load(path) as arrays:
+    images, labels = arrays['arr_0'], arrays['labels']
+  assert images.shape == (53, 8, 8, 1) and images.std() > 20
+  np.testing.assert_array_equal(labels, sample.choose_labels('random', 53, 10, 0))
+  parts = tmp_path / 'parts'
+  for devices, batch_size in ((4, 100), (1, 30)):
+    with monkeypatch.context() as context, pytest.raises(InterruptedError):
+      stop_after(context, 3)
+      sample.sample(made(parts, mesh__data=devices, sample__batch_size=batch_size), parts)
+  partial_folder, = (parts / 'samples').glob('*.partial')
+  chunk = sorted(partial_folder.glob('0*'))[2]
+  chunk.write_bytes(b'damaged')
+  sample.sample(made(parts, mesh__data=4, sample__batch_size=7), parts)
+  assert files(parts) == files(whole)
+  fewer = sample.sample(made(parts, mesh__data=3, sample__num_images=12), parts)
+  np.testing.assert_array_equal(pictures.load_npz(fewer)[0], images[:12])
+
+
+def test_finished_images_are_left_alone_and_get_their_pngs(tmp_path, monkeypatch):
+  path = sample.sample(made(tmp_path, mesh__data=1), tmp_path)
+  before = files(tmp_path)
+  stop_after(monkeypatch, 0)
+  assert sample.sample(made(tmp_path, mesh__data=2), tmp_path) == path
+  assert files(tmp_path) == before and len(before) == 3
+  sample.sample(made(tmp_path, mesh__data=1, sample__png_folder=True), tmp_path)
+  after = files(tmp_path)
+  assert {name: after[name] for name in before} == before
+  assert set(after) - set(before) == {f'{index:05d}.png' for index in range(53)}
+
+
+def test_images_of_other_weights_are_refused(tmp_path):
+  """The workdir was trained anew, to the same step."""
+  old, new = tmp_path / 'old', tmp_path / 'new'
+  sample.sample(made(old), old)
+  recipe = made(new, seed=2)
+  (old / 'samples').rename(new / 'samples')
+  before = files(new)
+  with pytest.raises(ValueError, match='weights_sha256 was [0-9a-f]{64} and is now') as error:
+    sample.sample(recipe, new)
+  assert '\n' not in str(error.value) and files(new) == before
+
+
+def test_the_record_is_the_protocol(tmp_path):
+  path = sample.sample(recipe := made(tmp_path), tmp_path)
+  record = json.loads(path.with_name(f'{path.name.removesuffix(".npz")}.json').read_text())
+  params, done = sample.load_params(recipe, meshes.make(recipe.mesh), tmp_path)
+  asked = sample.protocol(recipe, params, done, labels='random', num_images=53)
+  assert {key: record[key] for key in asked} == json.loads(json.dumps(asked))
+  assert record['sampler'] == {'num_steps': 2, 'guidance': 1.0, 'solver': 'euler'}
+  assert record['recipe'] == recipe.identity
+
+
+def command(workdir, *words):
+  """Starts `fmzoo sample` in a process of its own."""
+  return subprocess.Popen(
+    [sys.executable, '-m', 'fmzoo.main', 'sample', f'--workdir={workdir}', *words],
+    cwd=ROOT, stderr=subprocess.PIPE, text=True,
+  )
+
+
+def interrupt(process, workdir, signum, at_chunks):
+  """Sends a signal once so many chunks are there; returns what the process told, by lines."""
+  while len(chunks(workdir)) < at_chunks:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.001)
+  process.send_signal(signum)
+  return process.communicate(timeout=60)[1].splitlines()
+
+
+def chunks(workdir):
+  """Returns the finished chunks of a job."""
+  return [path for path in workdir.glob('samples/*.partial/0*') if path.suffix != '.tmp']
+
+
+def test_a_stopped_process_is_gone_on_with(tmp_path):
+  """kill -9 and SIGTERM; the files equal those of a process that was never stopped."""
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  for workdir in (whole, parts):
+    made(workdir, mesh__data=1, sample__num_images=4000, sample__batch_size=8)
+  uninterrupted, process = command(whole), command(parts)
+  assert interrupt(process, parts, signal.SIGKILL, 20) == [] and process.returncode == -9
+  done = len(chunks(parts))
+  process = command(parts, '--config.sample.batch_size=100')
+  lines = interrupt(process, parts, signal.SIGTERM, done + 20)
+  assert process.returncode == 143 and len(lines) == 2, lines
+  assert f'{8 * done} of 4000 images are there already' in lines[0]
+  assert f'stopped by SIGTERM after {8 * len(chunks(parts))} of 4000 images' in lines[1]
+  process = command(parts)
+  lines = process.communicate(timeout=60)[1]
+  assert process.returncode == 0 and uninterrupted.wait(60) == 0, lines
+  assert files(parts) == files(whole) and len(files(whole)) == 3
+
+
+HOST = """
+import sys
+import jax
+jax.distributed.initialize('localhost:' + sys.argv[1], 2, int(sys.argv[2]))
+sys.argv = ['fmzoo', 'sample', '--workdir=' + sys.argv[3]]
+from fmzoo import main
+sys.exit(main.cli())
+"""
+
+
+def test_two_hosts_write_the_file_of_one(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  for name in 'one', 'two':
+    made(tmp_path / name, sample__batch_size=8)
+  one = command(tmp_path / 'one')
+  two = [
+    subprocess.Popen(
+      [sys.executable, '-c', HOST, str(port), str(index), str(tmp_path / 'two')], cwd=ROOT,
+      stderr=subprocess.PIPE, text=True,
+    ) for index in range(2)
+  ]
+  try:
+    told = [process.communicate(timeout=120)[1] for process in (one, *two)]
+  finally:
+    for process in (one, *two):
+      process.kill()
+  assert [process.returncode for process in (one, *two)] == [0, 0, 0], told
+  assert files(tmp_path / 'two') == files(tmp_path / 'one') != {}

@@ -203,6 +203,29 @@ def test_line_clears_the_open_bar(monkeypatch):
   assert cleared and cleared.strip() == '' and cleared.endswith('\r')
 
 
+def test_pace_tells_rate_and_time_left_now_and_then(monkeypatch):
+  """What was there already is no work of this process."""
+  times, lines = iter([0.0, 5.0, 29.0, 31.0, 40.0, 61.5]), []
+  monkeypatch.setattr(writer.time, 'monotonic', lambda: next(times))
+  monkeypatch.setattr(writer.logging, 'info', lambda text, *values: lines.append(text % values))
+  with writer.Pace(50_000, 10_000, unit='image') as pace:
+    for _ in range(5):
+      pace.update(2480)
+  assert lines == [
+    '17,440 of 50,000 images, 240.0 images/s, 136 s left',
+    '22,400 of 50,000 images, 201.6 images/s, 137 s left',
+  ]
+
+
+def test_pace_draws_a_bar_on_a_terminal(monkeypatch):
+  monkeypatch.setattr(sys, 'stderr', Terminal())
+  monkeypatch.setattr(writer, 'SECONDS_PER_LINE', 0)
+  monkeypatch.setattr(writer.logging, 'info', lambda *_: pytest.fail('a bar is enough'))
+  with writer.Pace(8, 6, unit='image') as pace:
+    pace.update(2)
+  assert '6/8' in sys.stderr.getvalue() and '8/8' in sys.stderr.getvalue()
+
+
 def test_setup_logging_twice_adds_one_filter(monkeypatch):
   handler = absl_logging.get_absl_handler()
   monkeypatch.setattr(handler, 'filters', [])
