@@ -108,8 +108,11 @@ class Inception:
       network, config.resize, meshes.rows_sharded(self.mesh), meshes.replicated(self.mesh)
     )
     self.settings = {'name': 'inception', **self.network}
+    self.image_size = None  # (height, width) that is wanted, None where nobody knows
     if with_reference:
+      self.reference_path = config.reference
       self.reference = self._read(config.reference, activations.widths(network))
+      self.image_size = self.reference.protocol.get('image_size')
       self.settings |= {
         'reference': self.reference.protocol, 'inception_score_split': inception_score.SPLIT,
         'neighbours': NEIGHBOURS, 'distances': config.distances,
@@ -129,9 +132,21 @@ class Inception:
     """
     params = jax.device_put(self.params, meshes.replicated(self.mesh))
     return activations.measure(
-      lambda images: self.program(params, images), batches, batch_size=self.batch_size,
-      first=first, every=every, advance=advance,
+      lambda images: self.program(params, images), self._fitting(batches),
+      batch_size=self.batch_size, first=first, every=every, advance=advance,
     )
+
+  def _fitting(self, batches):
+    """Yields batches, and refuses images of another size than those they are compared with."""
+    for images in batches:
+      size = list(images.shape[1:3])
+      if self.image_size not in (None, size):
+        raise ValueError(
+          f'images of {size[0]} x {size[1]} pixels do not compare with eval.reference='
+          f'{self.reference_path}, made of {self.image_size[0]} x {self.image_size[1]}; use images'
+          ' or a reference of the same size'
+        )
+      yield images
 
   def merge(self, parts):
     """Returns what `collect` would have, had one host had the images of all."""
@@ -184,8 +199,11 @@ class Inception:
           f"eval.reference={path} was made with {key} '{known.protocol[key]}', this evaluation has"
           f" '{value}'; use the same or make the reference again"
         )
-    is_whole = known.pool and known.features is not None
-    if is_whole or not known.has_images or not hosts.is_main():
+    if not known.has_images:
+      return known
+    with picture_stream.open_images(path) as images:
+      known.protocol['image_size'] = list(images.shape[:2])
+    if not hosts.is_main():
       return known
     made = self._of_images(path, known.protocol['sha256'], widths)
     return known._replace(

@@ -45,8 +45,10 @@ def _npz_images(path, size):
       yield from opened.batches(size)
 
   with picture_stream.open_images(path) as opened:
-    count = len(opened)
-  return count, batches(), {'source': 'images', 'source_sha256': reference.file_sha256(path)}
+    count, shape = len(opened), opened.shape
+  return count, batches(), {
+    'source': 'images', 'source_sha256': reference.file_sha256(path), 'image_size': list(shape[:2])
+  }
 
 
 def _source_images(recipe, source, size):
@@ -54,7 +56,9 @@ def _source_images(recipe, source, size):
   data = recipe.data
   side = sources.image_size(data) if data.name == 'latents' else data.latent_size
   rows = images.open_source(source, side, with_pixels=True)
-  about = {'source': rows.fingerprint(), 'crop': rows.crop, 'unreadable': []}
+  about = {
+    'source': rows.fingerprint(), 'crop': rows.crop, 'image_size': [side, side], 'unreadable': [],
+  }
 
   def batches():
     held = []
@@ -88,4 +92,5 @@ def _recipe_images(recipe, size):
     for start in range(0, len(rows), size):
       yield pictures.pixels(rows.batch(np.arange(start, min(start + size, len(rows))))[key])
 
-  return len(rows), batches(), {'source': f'data.name={recipe.data.name}'}
+  size_of = list(first[key].shape[1:3])
+  return len(rows), batches(), {'source': f'data.name={recipe.data.name}', 'image_size': size_of}

@@ -230,6 +230,8 @@ BAD = {
   'samples that are no pixels': (('--samples={folder}/floats.npz',), ('floats.npz', 'float32')),
   'samples of a wrong size': (('--samples={folder}/flat.npz',), ('flat.npz',)),
   'samples with two channels': (('--samples={folder}/two.npz',), ('two.npz', '2')),
+  'samples of another size': (
+    ('--samples={folder}/large.npz',), ('9 x 9 pixels', 'digits.npz', '8 x 8')),
   'no samples there': (('--samples={folder}/none.npz',), ('none.npz',)),
   'a folder without pictures': (('--samples={folder}/empty',), ('empty',)),
   'results of nothing': (('--compare={folder},{folder}',), ('no result', 'metrics.json')),
@@ -250,7 +252,7 @@ def test_bad_input_is_one_line(recipe, tmp_path, monkeypatch, capsys, arguments,
   (tmp_path / 'cut.npz').write_bytes(whole[:-200])
   for name, array in {
     'floats': np.zeros((5, 8, 8, 3), np.float32), 'flat': np.zeros((5, 64), np.uint8),
-    'two': np.zeros((5, 8, 8, 2), np.uint8),
+    'two': np.zeros((5, 8, 8, 2), np.uint8), 'large': np.zeros((5, 9, 9, 1), np.uint8),
   }.items():
     np.savez(tmp_path / f'{name}.npz', arr_0=array, labels=np.zeros(5, np.int32))
   if words[0] == 'none.pth':
