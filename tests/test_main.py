@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo import command_line, main, pictures, sample, train
+from fmzoo import command_line, main, pictures, sampler, train
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -284,7 +284,7 @@ def test_cifar10_from_training_to_pictures_and_official_weights(
   The tiny recipe as it is, since other tests compile its step, too.
   """
   workdir, again = tmp_path / 'run', tmp_path / 'again'
-  monkeypatch.setattr(sample, 'PREVIEW_ROWS', 1)
+  monkeypatch.setattr(sampler, 'PREVIEW_ROWS', 1)
   recipe = tiny.recipe('soflow_unet', mesh__data=1, log__preview_every_steps=2)
   for folder in (workdir, again):
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fmzoo.parallel import mesh as meshes
@@ -37,3 +38,14 @@ def test_simulated_devices_share_the_memory_of_the_machine():
   )
   assert 0 < all_devices < one
   assert abs(one / all_devices / jax.device_count() - 1) < 0.5  # others use the machine, too
+
+
+@pytest.mark.parametrize('at_most,size', [(1, 1), (3, 3), (9, 4)])
+def test_trees_are_copied_to_some_devices_of_a_mesh(at_most, size):
+  mesh = meshes.make(meshes.Config(data=4, mode='jit'))
+  own = meshes.of_this_host(mesh, at_most)
+  assert list(own.devices) == jax.devices()[:size]
+  tree = jax.device_put({'x': np.arange(3.0)}, meshes.replicated(mesh))
+  copied = meshes.copy_to(own, tree)['x']
+  assert copied.sharding == meshes.replicated(own)
+  np.testing.assert_array_equal(copied, [0, 1, 2])
