@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -129,50 +128,6 @@ def save_folder(folder, images, *, first=0, count=0):
     path = pathlib.Path(folder) / f'{index:0{digits}d}.png'
     if not path.exists():
       _save_png(path, image)
-
-
-def save_npz(path, images, labels):
-  """Writes images in the ADM evaluator's form: arr_0 [B, H, W, C] uint8, labels [B] int32.
-
-  What has neither 1 nor 3 channels is a latent and no image yet: it is written as it is, float32,
-  under the name `latents`.
-
-  Args:
-    path: of the `.npz`.
-    images: [B, H, W, C], uint8 or float in [-1, 1]; or latents.
-    labels: [B] int.
-  """
-  if images.shape[-1] not in (1, 3):
-    arrays = {'latents': np.asarray(images, np.float32)}
-  else:
-    arrays = {'arr_0': pixels(images)}
-  with files.replacing(path) as file:
-    np.savez(file, **arrays, labels=np.asarray(labels, np.int32))
-
-
-def load_npz(path):
-  """Reads images and labels as `save_npz` writes them.
-
-  Returns:
-    images [B, H, W, C] uint8, labels [B] int32.
-
-  Raises:
-    ValueError: one line, if the file is missing, damaged or holds something else.
-  """
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      images, labels = arrays['arr_0'], arrays['labels']
-  except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f'{path} cannot be read: {error}; expected an .npz with arr_0, uint8 [n, H, W, C], and'
-      ' labels, as the command `sample` writes it'
-    ) from error
-  if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-    raise ValueError(
-      f'{path} holds arr_0 {images.shape} {images.dtype} and labels {labels.shape}; expected'
-      ' uint8 [n, H, W, C] and [n]'
-    )
-  return images, labels.astype(np.int32)
 
 
 def _check(images):

@@ -305,7 +305,7 @@ def test_cifar10_from_training_to_pictures_and_official_weights(
   assert (preview[2:66, 2:66].std(axis=(0, 1)) > 50).all()  # noise in every colour, and not grey
   assert np.abs(np.diff(preview[2:66, 2:66].astype(int), axis=-1)).mean() > 50
   (path,) = (workdir / 'samples').glob('*.npz')
-  images, _ = pictures.load_npz(path)
+  images = np.load(path)['arr_0']
   assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(pictures.grid(images, 10), preview)
   np.testing.assert_array_equal(png(path.with_suffix('.png'))[1], preview)

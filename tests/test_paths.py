@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fmzoo import checkpoint, main, paths, pictures, sample, step, train, writer
 from fmzoo.data import cifar10, latents, shards
@@ -234,8 +235,9 @@ def test_results_behind_a_link_replace_and_keep_what_was_there(linked, tensorflo
   """Pictures and configs are replaced, other numbers are set aside, later lines are cut."""
   workdir = linked / 'run'
   for images in (np.zeros((2, 4, 4, 1), np.uint8), np.ones((2, 4, 4, 1), np.uint8)):
-    pictures.save_npz(workdir / 'samples' / 'x.npz', images, [0, 1])
-  np.testing.assert_array_equal(pictures.load_npz(workdir / 'samples' / 'x.npz')[0], images)
+    pictures.save_grid(workdir / 'samples' / 'x.png', images, 2)
+  with Image.open(workdir / 'samples' / 'x.png') as picture:
+    np.testing.assert_array_equal(np.asarray(picture), pictures.grid(images, 2)[..., 0])
   for text in ('a', 'b'):
     train.write_config(SimpleNamespace(config={'run': text}), workdir)
     protocol.write_result(workdir / 'evaluations' / 'x', {'accuracy': 1.0}, {'of': text})

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import checkpoint, evaluate, pictures, sample, step, train
+from fmzoo import checkpoint, evaluate, sample, step, train
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
@@ -115,7 +115,8 @@ def test_train_sample_evaluate_leave_what_they_promise(tmp_path):
   results = list((tmp_path / 'evaluations').rglob('protocol.json'))
   assert len(results) == 1
   path = sample.sample(recipe, tmp_path)
-  images, labels = pictures.load_npz(path)
+  with np.load(path) as arrays:
+    images, labels = arrays['arr_0'], arrays['labels']
   assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8
   assert list(labels) == list(range(10)) and labels.dtype == np.int32
   assert path.with_suffix('.png').exists()
