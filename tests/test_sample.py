@@ -157,7 +157,7 @@ def test_the_record_is_the_protocol(tmp_path):
   path = sample.sample(recipe := made(tmp_path), tmp_path)
   record = json.loads(path.with_name(f'{path.name.removesuffix(".npz")}.json').read_text())
   params, done = sample.load_params(recipe, meshes.make(recipe.mesh), tmp_path)
-  asked = sample.protocol(recipe, params, done, labels='random', num_images=53)
+  asked = sample.protocol(recipe, params, done, labels='random', num_images=53, weights='ema')
   assert {key: record[key] for key in asked} == json.loads(json.dumps(asked))
   assert record['sampler'] == {'num_steps': 2, 'guidance': 1.0, 'solver': 'euler'}
   assert record['recipe'] == recipe.identity
