@@ -157,6 +157,7 @@ class Inception:
     """Returns ({metric: number}, [notes]) of what was collected; labels are not looked at."""
     del labels
     count, known = found.pool.count, self.reference
+    logging.info('distances of %d images, minutes on a CPU where they are many', count)
     values, notes = {}, []
     for metric, gaussian in (('fid', known.pool), ('sfid', known.spatial)):
       statistics = found.pool if metric == 'fid' else found.spatial

@@ -1,6 +1,7 @@
 """Checkpoint to images on disk: labels, parameters, the command `sample` and its protocol."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import zlib
@@ -120,6 +121,7 @@ def protocol(recipe, params, done, *, labels, num_images, weights):
     'step': int(done),
     'weights': weights,
     'weights_sha256': hashes.tree_sha256(params),
+    'ema': dataclasses.asdict(recipe.ema) if weights == 'ema' else None,
     'num_images': num_images,
     'labels': labels,
     'seed': recipe.sample.seed,

@@ -50,7 +50,8 @@ def train(recipe, workdir):
     row = {name: values[0] for name, values in rows.batch(np.arange(1)).items()}
     train_step = compile_step(recipe, mesh, inputs, frozen, row)
     state, start = restore_or_init(recipe, mesh, checkpoints)
-    write_config(recipe, workdir)
+    if hosts.is_main():
+      write_config(recipe, workdir)
     source = stack.enter_context(contextlib.closing(pipeline.batches(
       rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
       process_index=jax.process_index(), process_count=jax.process_count(),
@@ -256,6 +257,8 @@ class Hooks:
     """Writes the numbers of evaluations that are ready, or of all of them."""
     while self.measuring and (wait or self.measuring[0][1].done()):
       done, report = self.measuring.pop(0)
+      if not report.done():
+        logging.info('waiting for the numbers of step %d', done)
       self.writer.scalars(
         done, {f'eval/{name}': value for name, value in report.result().items()}
       )

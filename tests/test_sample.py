@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import convert_weights, partial, sample, train
+from fmzoo import convert_weights, evaluate, partial, sample, train
 from fmzoo import sampler as samplers
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
@@ -208,19 +208,22 @@ HOST = """
 import sys
 import jax
 jax.distributed.initialize('localhost:' + sys.argv[1], 2, int(sys.argv[2]))
-sys.argv = ['fmzoo', 'sample', '--workdir=' + sys.argv[3]]
 from fmzoo import main
-sys.exit(main.cli())
+workdir = '--workdir=' + sys.argv[3]
+for sys.argv in ['fmzoo', 'sample', workdir], ['fmzoo', 'evaluate', workdir]:
+  assert main.cli() == 0
 """
 
 
-def test_two_hosts_write_the_file_of_one(tmp_path, monkeypatch):
+def test_two_hosts_write_and_measure_what_one_does(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   for name in 'one', 'two':
-    made(tmp_path / name, sample__batch_size=8)
+    recipe = made(
+      tmp_path / name, sample__batch_size=8, eval__name='digits', eval__num_images=53
+    )
   one = command(tmp_path / 'one')
   two = [
     subprocess.Popen(
@@ -235,3 +238,6 @@ def test_two_hosts_write_the_file_of_one(tmp_path, monkeypatch):
       process.kill()
   assert [process.returncode for process in (one, *two)] == [0, 0, 0], told
   assert files(tmp_path / 'two') == files(tmp_path / 'one') != {}
+  values = evaluate.evaluate(recipe, tmp_path / 'one')
+  (result,) = (tmp_path / 'two' / 'evaluations').glob('*/metrics.json')
+  assert json.loads(result.read_text()) == values
