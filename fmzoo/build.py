@@ -60,7 +60,7 @@ LIMITS = {  # lowest and highest value that can work; None is no limit
   'optim.max_bad_steps': (1, None), 'ema.decay': (0, 1), 'ema.every_steps': (1, None),
   'sample.num_images': (1, None), 'sample.batch_size': (1, None), 'sample.seed': (0, 2**32 - 1),
   'sample.num_steps': (1, None), 'sample.guidance': (0, None),
-  'eval.num_images': (2, None), 'eval.every_steps': (-1, None), 'eval.batch_size': (1, None),
+  'eval.num_images': (4, None), 'eval.every_steps': (-1, None), 'eval.batch_size': (1, None),
   'log.log_every_steps': (1, None), 'log.preview_every_steps': (0, None),
   'log.checkpoint_every_steps': (0, None), 'log.keep_last': (1, None),
 }

@@ -120,7 +120,7 @@ def parse(argv):
   flags.DEFINE_integer('shard_rows', None, 'see USAGE', flag_values=values, lower_bound=1)
   for name in ('precision', 'loader'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
-  flags.DEFINE_list('compare', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   for name, chosen in recipes.items():
     expect_known_keys(name, chosen, argv)

@@ -14,6 +14,10 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 
+class Stopped(Exception):
+  """Somebody asked to give a measurement up."""
+
+
 class Collected(NamedTuple):
   """All that `report` needs, on the host: the devices have done their part."""
 
@@ -41,42 +45,64 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
     ValueError: one line, if something is missing or does not fit.
   """
   if samples is not None:
-    evaluator = evaluators.make(recipe)
-    return report(workdir, evaluator, collect_files(evaluator, samples)) if hosts.is_main() else {}
+    return evaluate_files(recipe, workdir, samples) if hosts.is_main() else {}
   mesh = meshes.make(recipe.mesh)
-  measurement = Measurement(recipe, mesh, samplers.Sampler(recipe, mesh))
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
+  measurement = Measurement(recipe, mesh, samplers.Sampler(recipe, mesh))
   collected = measurement.collect(params, done, weights=recipe.sample.weights)
   return report(workdir, measurement.evaluator, collected)
 
 
-def collect_files(evaluator, path):
-  """Shows the images of an `.npz`, or of a folder of PNGs, to an evaluator; returns Collected."""
-  path, digest = pathlib.Path(path), hashlib.sha256()
+def evaluate_files(recipe, workdir, path):
+  """Measures the images of an `.npz` or of a folder of PNGs; see `evaluate`."""
+  path, digest = pathlib.Path(path).resolve(), hashlib.sha256()
+  name = path.name.removesuffix('.npz')
 
   def hashed(batches):
     for batch in batches:
       digest.update(np.ascontiguousarray(batch))
       yield batch
 
-  with (
-    picture_stream.open_images(path) as images, writer.Pace(len(images), unit='image') as pace,
-  ):
-    found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), advance=pace.update)
-    about = {
-      'file': path.name, 'num_images': len(images), 'shape': list(images.shape),
-      'pixels_sha256': digest.hexdigest(),
-    }
-    labels = images.labels
-  beside = path.with_suffix('.json')  # the command `sample` writes it
-  about |= files.read_json(beside) if beside.is_file() else {}
-  return Collected(path.stem, found, labels, about, {})
+  with picture_stream.open_images(path) as images:
+    evaluators.expect_enough(len(images), path)
+    about = {'file': path.name, 'num_images': len(images), 'shape': list(images.shape)}
+    about |= record_of(path.with_name(f'{name}.json'), about)
+    evaluator = evaluators.make(recipe)
+    with writer.Pace(len(images), unit='image') as pace:
+      found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), advance=pace.update)
+    about['pixels_sha256'] = digest.hexdigest()
+    return report(workdir, evaluator, Collected(name, found, images.labels, about, {}))
+
+
+def record_of(path, about):
+  """Returns how images came about, from the record that `sample` writes beside them, else {}.
+
+  Args:
+    path: of the record, if there is one.
+    about: what the images are, for comparison.
+
+  Raises:
+    ValueError: if the record is of others.
+  """
+  if not path.is_file():
+    return {}
+  record = files.read_json(path)
+  if not isinstance(record, dict) or 'weights_sha256' not in record:
+    logging.info('%s is no record of images, it is left out', path)
+    return {}
+  for key in ('num_images', 'shape'):
+    if record.get(key) != about[key]:
+      raise ValueError(
+        f'{path} is the record of other images: {key} is {record.get(key)} there and {about[key]}'
+        f' in {about["file"]}; move one of them away'
+      )
+  return record
 
 
 class Measurement:
   """All that measuring checkpoints takes, made and checked once.
 
-  The images are those that `sample` would store, to the last bit.
+  The images are those that `sample` would store, to the last bit if it makes as many at a time.
 
   Args:
     recipe: build.Recipe; eval.num_images are generated.
@@ -93,58 +119,70 @@ class Measurement:
         f"eval.name='{recipe.eval.name}' measures images, data.name='{recipe.data.name}' has"
         f' latents of {recipe.data.channels} channels; set data.vae=FILE.safetensors to decode them'
       )
-    self.recipe, self.evaluator = recipe, evaluators.make(recipe)
+    with hosts.together('evaluation'):
+      self.recipe, self.evaluator = recipe, evaluators.make(recipe)
     settings, self.count = recipe.sample, recipe.eval.num_images
     self.labels = sample.choose_labels(
       settings.labels, self.count, recipe.data.num_classes, settings.seed
     )
     self.rows = sample.chunk_rows(recipe, self.count)
-    self.chunks = hosts.share(-(-self.count // self.rows))
-    if not self.chunks:
-      raise ValueError(f'eval.num_images={self.count} are too few to share between hosts')
+    total = -(-self.count // self.rows)
+    if total < hosts.count():
+      raise ValueError(
+        f'eval.num_images={self.count} are {total} chunks of {self.rows}, too few for'
+        f' {hosts.count()} hosts; generate more, or lower sample.batch_size'
+      )
+    self.chunks = hosts.share(total)
     self.own = meshes.of_this_host(mesh, at_most=mesh.size)
     self.sampler = samplers.Sampler(recipe, self.own) if mesh.is_multi_process else sampler
+    self.macs = self.sampler.macs_per_image(sample.abstract_params(recipe, mesh))
+    protocol.code_version()  # now, and not hours later
 
-  def collect(self, params, done, *, weights):
+  def collect(self, params, done, *, weights, stop=lambda: False):
     """Generates images and shows them to the evaluator: the devices' part of the work.
 
     Args:
       params: tree, replicated over all devices.
       done: finished steps of these parameters, for the protocol.
       weights: what they are, 'ema' or 'params', for the protocol.
+      stop: asked before every chunk whether to give up.
 
     Returns:
-      Collected, of all hosts.
+      Collected, of all hosts, for `report`; None if it was given up.
 
     Raises:
       ValueError: if the network makes numbers that are not finite.
     """
     first = self.chunks.start * self.rows
     share = min(self.chunks.stop * self.rows, self.count) - first
-    with writer.Pace(share, unit='image') as pace:
-      found = self.evaluator.collect(self.images(params), first=first, advance=pace.update)
+    try:
+      with hosts.together('evaluation'), writer.Pace(share, unit='image') as pace:
+        images = self._images(params, stop)
+        found = self.evaluator.collect(images, first=first, advance=pace.update)
+    except Stopped:
+      return None
+    parts = hosts.gather(found)
+    if not hosts.is_main():
+      return Collected(result_name(self.recipe, done, weights), None, self.labels, {}, {})
+    images = sample.protocol(
+      self.recipe, params, done, labels=self.recipe.sample.labels, num_images=self.count,
+      weights=weights,
+    )
     return Collected(
       name=result_name(self.recipe, done, weights),
-      found=self.evaluator.merge(hosts.gather(found)),
+      found=self.evaluator.merge(parts),
       labels=self.labels,
-      images=sample.protocol(
-        self.recipe, params, done, labels=self.recipe.sample.labels, num_images=self.count,
-        weights=weights,
-      ),
-      values={'gmac_per_image': self.sampler.macs_per_image(params) / 1e9},
+      images={**images, 'rows': self.rows},
+      values={'gmac_per_image': self.macs / 1e9},
     )
 
-  def images(self, params):
-    """Yields this host's images, uint8 [n, H, W, C], and refuses what pictures would hide."""
-    params, wanted = meshes.copy_to(self.own, params), list(self.chunks)
+  def _images(self, params, stop):
+    """Yields this host's images, uint8 [n, H, W, C]."""
+    params, wanted = meshes.on_own_devices(self.own, params), list(self.chunks)
     made = self.sampler.chunks(params, self.labels, self.recipe.sample.seed, self.rows, wanted)
-    for number, images in made:
-      wrong = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
-      if wrong.size:
-        raise ValueError(
-          f'image {number * self.rows + wrong[0]} and {len(wrong) - 1} others of {len(images)} hold'
-          ' numbers that are not finite: the network has diverged; measure an earlier --step'
-        )
+    for _, images in made:
+      if stop():
+        raise Stopped
       yield pictures.to_uint8(images)
 
 
@@ -174,18 +212,24 @@ def report(workdir, evaluator, collected):
   return values
 
 
-def compare(folders):
+def compare(both):
   """Prints two results side by side, and what differs in how they came about.
 
   Args:
-    folders: two, with metrics.json and protocol.json.
+    both: 'A,B', folders with metrics.json and protocol.json; their names may hold commas, too.
 
   Raises:
-    ValueError: one line, if there are not two or one of them is no result.
+    ValueError: one line, if there are not two such folders.
   """
-  if len(folders) != 2:
-    raise ValueError(f'--compare={",".join(folders)} names {len(folders)} results, expected A,B')
-  first, second = folders
+  parts = both.split(',')
+  pairs = [(','.join(parts[:i]), ','.join(parts[i:])) for i in range(1, len(parts))]
+  found = [pair for pair in pairs if all(map(protocol.is_result, pair))]
+  if not found:
+    raise ValueError(
+      f'--compare={both} does not name two results, expected A,B: folders with metrics.json and'
+      ' protocol.json, such as a workdir has in evaluations/'
+    )
+  first, second = found[0]
   (metrics, about), (others, about_other) = map(protocol.read_result, (first, second))
   print(f'A: {first}\nB: {second}\n')
   print(f'{"metric":<24} {"A":>12} {"B":>12}')

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import picture_stream, sources, writer
+from fmzoo import hashes, picture_stream, sources, writer
 from fmzoo.convert import inception as official
 from fmzoo.metrics import (
   activations,
@@ -29,6 +29,15 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluator
+
+
+def expect_enough(count, source):
+  """Refuses fewer images than distances and neighbours can be computed of."""
+  if count < reference.FEWEST:
+    raise ValueError(
+      f'{source} holds {count} images, expected {reference.FEWEST} or more, and for a distance that'
+      f' means something {protocol.FULL}'
+    )
 
 
 def make(recipe):
@@ -98,7 +107,7 @@ class Inception:
     mesh = meshes.make(recipe.mesh)
     self.distances, self.mesh = config.distances, meshes.of_this_host(mesh, at_most=mesh.size)
     self.batch_size = -(-config.batch_size // self.mesh.size) * self.mesh.size
-    weights = reference.file_sha256(path)
+    weights = hashes.file_sha256(path)
     if weights != official.SHA256:
       logging.warning(
         'eval.inception=%s has SHA-256 %s..., the official %s has %s...: these numbers compare with'
@@ -109,6 +118,7 @@ class Inception:
       network, config.resize, meshes.rows_sharded(self.mesh), meshes.replicated(self.mesh)
     )
     self.settings = {'name': 'inception', **self.network}
+    self.radii = None  # of the reference's features, once they are needed
     self.image_size = None  # (height, width) that is wanted, None where nobody knows
     if with_reference:
       self.reference_path = config.reference
@@ -179,8 +189,11 @@ class Inception:
     if known.features is None:
       notes.append('no precision and recall: eval.reference holds neither images nor features')
     else:
+      settings = {'k': NEIGHBOURS, 'half': self.distances == 'float16'}
+      if self.radii is None:  # the same for every checkpoint
+        self.radii = precision_recall.radii(known.features, **settings)
       pair = precision_recall.precision_recall(
-        known.features, found.features, k=NEIGHBOURS, half=self.distances == 'float16'
+        known.features, found.features, reference_radii=self.radii, **settings
       )
       values |= {'precision': pair.precision, 'recall': pair.recall}
     for note in notes:
@@ -208,8 +221,12 @@ class Inception:
     if not hosts.is_main():
       return known
     made = self._of_images(path, known.protocol['sha256'], widths)
+    known.protocol['of_its_images'] = [
+      name for name in ('pool', 'spatial', 'features') if getattr(known, name) is None
+    ]  # and the others of those that somebody stored, of more images perhaps
     return known._replace(
-      pool=known.pool or made.pool, spatial=known.spatial or made.spatial, features=made.features
+      pool=known.pool or made.pool, spatial=known.spatial or made.spatial,
+      features=made.features if known.features is None else known.features,
     )
 
   def _of_images(self, path, sha256, widths):
@@ -217,7 +234,13 @@ class Inception:
     key = f'{self.network["resize"]}-{self.network["inception_sha256"][:8]}'
     kept = pathlib.Path(f'{path.removesuffix(".npz")}.{sha256[:8]}-{key}.npz')
     if kept.exists():
-      return reference.read(kept, widths)
+      try:
+        found = reference.read(kept, widths)
+      except ValueError as error:
+        raise ValueError(f'{kept} is damaged ({error}); remove it to have it made again') from error
+      if found.protocol.get('of') != sha256:
+        raise ValueError(f'{kept} is of other images than {path}; remove it to have it made again')
+      return found
     logging.info('Inception sees the images of %s, once', path)
     with (
       picture_stream.open_images(path) as images, writer.Pace(len(images), unit='image') as pace,

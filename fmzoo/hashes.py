@@ -1,4 +1,4 @@
-"""The SHA-256 of a tree of arrays, by which a record says which weights it is about."""
+"""SHA-256 of trees of arrays and of files, by which records say what they are about."""
 
 import hashlib
 
@@ -40,3 +40,9 @@ def _on_host(name, leaf):
     leaf = leaf.addressable_data(0)
   array = np.asarray(leaf)
   return array.astype(array.dtype.newbyteorder('<'), copy=False)
+
+
+def file_sha256(path):
+  """Returns the SHA-256 of a file, 64 hexadecimal digits."""
+  with open(path, 'rb') as content:
+    return hashlib.file_digest(content, 'sha256').hexdigest()

@@ -1,5 +1,7 @@
 """Real images to the statistics that generated ones are compared with."""
 
+import hashlib
+
 import numpy as np
 from absl import logging
 
@@ -31,9 +33,20 @@ def make_reference(recipe, path, source=None):
     count, batches, about = _npz_images(source, evaluator.batch_size)
   else:
     count, batches, about = _source_images(recipe, source, evaluator.batch_size)
+  evaluators.expect_enough(count, f'--from={source}')
+  digest = hashlib.sha256()
+
+  def hashed():
+    for batch in batches:
+      digest.update(np.ascontiguousarray(batch))
+      yield batch
+
   with writer.Pace(count, unit='image') as pace:
-    found = evaluator.collect(batches, every=reference.every(count), advance=pace.update)
-  about |= {'num_images': found.pool.count, **evaluator.network, 'code': protocol.code_version()}
+    found = evaluator.collect(hashed(), every=reference.every(count), advance=pace.update)
+  about |= {
+    'num_images': found.pool.count, 'pixels_sha256': digest.hexdigest(), **evaluator.network,
+    'code': protocol.code_version(),
+  }
   reference.write(path, found, about)
   logging.info('statistics of %d images: %s', found.pool.count, path)
 
@@ -46,9 +59,7 @@ def _npz_images(path, size):
 
   with picture_stream.open_images(path) as opened:
     count, shape = len(opened), opened.shape
-  return count, batches(), {
-    'source': 'images', 'source_sha256': reference.file_sha256(path), 'image_size': list(shape[:2])
-  }
+  return count, batches(), {'source': 'images', 'image_size': list(shape[:2])}
 
 
 def _source_images(recipe, source, size):

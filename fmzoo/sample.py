@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import zlib
@@ -135,6 +136,7 @@ def protocol(recipe, params, done, *, labels, num_images, weights):
   }
 
 
+@functools.cache
 def _vae_protocol(data):
   """Returns what decodes the latents: the file's name, its numbers, and how they are computed."""
   return {
@@ -190,12 +192,14 @@ def sample(recipe, workdir, at_step=None):
       logging.info('%d images of step %d are there already: %s', len(labels), done, path)
     else:
       _begin(job, stack)
-      if not _generate(job, sampler, meshes.copy_to(own, params), labels, settings.seed):
+      with hosts.together('sample'):
+        own_params = meshes.on_own_devices(own, params)
+        is_whole = _generate(job, sampler, own_params, labels, settings.seed)
+      if not is_whole:
         return None
-    hosts.barrier('fmzoo_sample_made')
-    if hosts.is_main():
-      _finish(job, recipe, labels)
-    hosts.barrier('fmzoo_sample_finished')
+    with hosts.together('sample'):
+      if hosts.is_main():
+        _finish(job, recipe, labels)
   return path
 
 
@@ -209,15 +213,10 @@ def _name(recipe, done):
 
 def _begin(job, stack):
   """Locks this host's share, until the stack is left; all hosts refuse what one of them does."""
-  problem = None
-  try:
+  with hosts.together('sample'):
     stack.enter_context(job.locked(jax.process_index()))
     if hosts.is_main():
       job.write_plan()
-  except (ValueError, OSError) as error:
-    problem = error
-  if not hosts.all_agree(problem is None):
-    raise problem or ValueError(f'{job.folder}: another host cannot go on, see its log')
 
 
 def _generate(job, sampler, params, labels, seed):

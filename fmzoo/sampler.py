@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from fmzoo import cost, pictures, sources, writer
+from fmzoo import cost, pictures, sources
 from fmzoo.parallel import mesh as meshes
 
 PREVIEW_COLUMNS = 10
@@ -84,27 +84,16 @@ class Sampler:
       out_shardings=_fetched(mesh) if self.decode is None else rows,
     )
 
-  def __call__(self, params, labels, seed, progress=False):
-    """Returns images of labels [n] as float32 [n, H, W, C] on the host."""
-    return np.concatenate(list(self.batches(params, labels, seed, progress)))
-
-  def batches(self, params, labels, seed, progress=False):
-    """Yields images of labels [n] as float32 [<= batch, H, W, C] on the host.
+  def __call__(self, params, labels, seed):
+    """Returns images of labels [n] as float32 [n, H, W, C] on the host.
 
     Those are latents as the method made them, where data are latents and there is no VAE.
     """
     size = min(self.recipe.sample.batch_size, len(labels))
     size = math.ceil(size / self.mesh.size) * self.mesh.size
-    bar = writer.Progress(len(labels), 0, unit='image') if progress else None
     indices = (first + np.arange(size) for first in range(0, len(labels), size))
     dispatched = (self.dispatch(params, labels, seed, batch) for batch in indices)
-    for first, images in zip(range(0, len(labels), size), ahead(dispatched)):
-      batch = np.asarray(images)[: len(labels) - first]
-      yield batch
-      if bar:
-        bar.update(len(batch))
-    if bar:
-      bar.close()
+    return np.concatenate([np.asarray(images) for images in ahead(dispatched)])[: len(labels)]
 
   def chunks(self, params, labels, seed, rows, wanted):
     """Yields (number, images) of chunks, each made by one device in a program of its size.
@@ -121,6 +110,9 @@ class Sampler:
 
     Yields:
       Images are float32 [<= rows, H, W, C] on the host.
+
+    Raises:
+      ValueError: if they hold numbers that are not finite, which pictures would hide.
     """
     groups = [wanted[i : i + self.mesh.size] for i in range(0, len(wanted), self.mesh.size)]
 
@@ -134,8 +126,9 @@ class Sampler:
     for group, images in zip(groups, ahead(dispatched())):
       parts = np.asarray(images)
       for place, number in enumerate(group):
-        part = parts[place * rows : (place + 1) * rows]
-        yield number, part[: len(labels) - number * rows]
+        part = parts[place * rows : (place + 1) * rows][: len(labels) - number * rows]
+        _expect_finite(part, number * rows)
+        yield number, part
 
   def dispatch(self, params, labels, seed, indices):
     """Starts to make images, and returns without waiting for them.
@@ -192,6 +185,16 @@ def ahead(dispatched):
     following = next(dispatched, None)
     yield waiting
     waiting = following
+
+
+def _expect_finite(images, first):
+  """Refuses images [n, H, W, C] of a network that has diverged; `first` is the first's index."""
+  wrong = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+  if wrong.size:
+    raise ValueError(
+      f'image {first + wrong[0]} and {len(wrong) - 1} others of {len(images)} hold numbers that are'
+      ' not finite: the network has diverged; use an earlier checkpoint, --step'
+    )
 
 
 def _fetched(mesh):

@@ -2,8 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
-import os
 import pathlib
 import time
 
@@ -11,10 +9,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, pictures, sample, sources, step, writer
+from fmzoo import build, files, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
 from fmzoo import sampler as samplers
 from fmzoo.data import pipeline
+from fmzoo.metrics import protocol
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
@@ -58,7 +57,10 @@ def train(recipe, workdir):
       num_threads=recipe.data.num_threads, num_workers=recipe.data.num_workers,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
-    hooks = stack.enter_context(Hooks(recipe, workdir, sampler, checkpoints, measurement, start))
+    hooks = stack.enter_context(Hooks(
+      recipe, workdir, sampler, checkpoints, measurement, start=start,
+      stop=lambda: preemption.noticed,
+    ))
     hooks.catch_up(start, state)
     done = start
     for done in range(start + 1, settings.steps + 1):
@@ -66,7 +68,7 @@ def train(recipe, workdir):
         batch = next(device_batches)
       state, metrics = train_step(state, batch, frozen)
       stopping = preemption.reached(done)
-      hooks(done, state, metrics, last=stopping or done == settings.steps)
+      hooks(done, state, metrics, stopping)
       if stopping:
         logging.warning('stopped by SIGTERM after step %d; the same command goes on', done)
         break
@@ -133,18 +135,15 @@ def evaluates(recipe):
 
 def write_config(recipe, workdir):
   """Writes the workdir's config.json, by which other commands know the run."""
-  path = pathlib.Path(workdir) / 'config.json'
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(recipe.config, indent=2))
-  os.replace(temporary, path)
+  files.write_json(pathlib.Path(workdir) / 'config.json', recipe.config)
 
 
 class Hooks:
   """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
 
-  def __init__(self, recipe, workdir, sampler, checkpoints, measurement, start):
+  def __init__(self, recipe, workdir, sampler, checkpoints, measurement, *, start, stop):
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
-    self.sampler, self.measurement = sampler, measurement
+    self.sampler, self.measurement, self.stop, self.saved = sampler, measurement, stop, start
     self.measuring, self.thread = [], concurrent.futures.ThreadPoolExecutor(1)
     self.pending, self.started, self.since, self.waited = [], time.time(), start, 0.0
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
@@ -158,21 +157,30 @@ class Hooks:
       stack.callback(self.writer.close)
       stack.callback(self.progress.close)
       stack.callback(self.thread.shutdown, cancel_futures=True)
-      if kind is None:
+      if kind is not KeyboardInterrupt:  # the devices have done their part of the numbers
         self.tell_measured(wait=True)
 
-  def __call__(self, done, state, metrics, last):
-    log = self.recipe.log
+  def __call__(self, done, state, metrics, stopping):
+    log, last = self.recipe.log, stopping or done == self.recipe.run.steps
     self.pending.append(metrics)
     self.progress.update(1)
     if last or done % log.log_every_steps == 0:
       self.log(done)
     if last or due(done, log.checkpoint_every_steps):
-      self.checkpoints.save(done, state)
+      self.save(done, state)
+    if stopping:
+      return
     if log.preview_every_steps and self.due(done, log.preview_every_steps):
       self.preview(done, state)
     if self.measurement and self.due(done, self.recipe.eval.every_steps):
+      self.save(done, state)  # it takes long, and a process may not live as long
       self.evaluate(done, state)
+
+  def save(self, done, state):
+    """Saves the state of a step, once."""
+    if done != self.saved:
+      self.checkpoints.save(done, state)
+      self.saved = done
 
   @contextlib.contextmanager
   def waiting(self):
@@ -187,16 +195,16 @@ class Hooks:
 
   def catch_up(self, done, state):
     """Makes the picture and the numbers that a run stopped after its last save still owes."""
-    if done < self.recipe.run.steps:
-      return
     if done > self.recipe.run.steps:
       logging.warning('run.steps=%d are done, %d in all', self.recipe.run.steps, done)
       return
-    if self.recipe.log.preview_every_steps and not self.picture(done).exists():
+    is_last = done == self.recipe.run.steps
+    if is_last and self.recipe.log.preview_every_steps and not self.picture(done).exists():
       self.preview(done, state)
-    name = evaluation.result_name(self.recipe, done, 'ema')
-    if self.measurement and not (self.workdir / 'evaluations' / name).exists():
-      self.evaluate(done, state)
+    if done and self.measurement and self.due(done, self.recipe.eval.every_steps):
+      name = evaluation.result_name(self.recipe, done, 'ema')
+      if not protocol.is_result(self.workdir / 'evaluations' / name):
+        self.evaluate(done, state)
 
   def log(self, done):
     """Fetches the metrics since the last log step: the only place that waits for the device.
@@ -247,11 +255,22 @@ class Hooks:
 
   def evaluate(self, done, state):
     """Measures the averaged weights; training waits for the devices' part of it alone."""
-    collected = self.measurement.collect(step.ema_params(state), done, weights='ema')
-    report = self.thread.submit(
-      evaluation.report, self.workdir, self.measurement.evaluator, collected
+    collected = self.measurement.collect(
+      step.ema_params(state), done, weights='ema', stop=self.stop
     )
-    self.measuring.append((done, report))
+    if collected is None:
+      logging.warning('SIGTERM: the evaluation of step %d is given up', done)
+      return
+    self.measuring.append((done, self.thread.submit(self.report, collected)))
+
+  def report(self, collected):
+    """Does the host's part of an evaluation, by the host's processor where jax has it."""
+    try:
+      device = jax.local_devices(backend='cpu')[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+      device = None
+    with jax.default_device(device):
+      return evaluation.report(self.workdir, self.measurement.evaluator, collected)
 
   def tell_measured(self, wait=False):
     """Writes the numbers of evaluations that are ready, or of all of them."""

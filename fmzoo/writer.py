@@ -145,7 +145,7 @@ class Progress:
   @classmethod
   def make_room(cls):
     """Clears the bars before another line is written; their next update draws them below it."""
-    for bar in cls._open_bars:
+    for bar in list(cls._open_bars):  # other threads open and close some
       bar.clear()
 
   def close(self):

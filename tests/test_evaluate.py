@@ -1,5 +1,6 @@
 """Images to numbers and back to how they came about, with a stand-in for Inception."""
 
+import dataclasses
 import json
 import sys
 import threading
@@ -9,10 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmzoo import evaluate, evaluators, main, make_reference, pictures, sample, sampler, train
+from fmzoo import (
+  build,
+  evaluate,
+  evaluators,
+  hashes,
+  main,
+  make_reference,
+  pictures,
+  sample,
+  sampler,
+  train,
+)
 from fmzoo.convert import inception as official
-from fmzoo.metrics import activations, reference
+from fmzoo.metrics import activations
 from fmzoo.models import inception
+from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
@@ -33,11 +46,16 @@ def standin(config):
   )
 
 
+def use_standin(setattr=setattr):
+  """Has everybody take the stand-in for Inception, and its weights for any that are there."""
+  setattr(inception, 'make', standin)
+  setattr(official, 'load', lambda path: {'scale': np.float32(1)})
+
+
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
   """The path of weights that load as those of the stand-in."""
-  monkeypatch.setattr(inception, 'make', standin)
-  monkeypatch.setattr(official, 'load', lambda path: {'scale': np.float32(1)})
+  use_standin(monkeypatch.setattr)
   path = tmp_path / 'inception.pth'
   path.write_bytes(b'weights')
   return path
@@ -62,7 +80,7 @@ def recipe(weights):
 def digits_npz(folder, count=200):
   """Writes real digits as if they were generated."""
   path = folder / 'real.npz'
-  images = pictures.pixels(np.tile(sklearn_digits()[:count], 1))
+  images = pictures.pixels(sklearn_digits()[:count])
   np.savez(path, arr_0=images, labels=np.zeros(len(images), np.int32))
   return path
 
@@ -117,8 +135,8 @@ def test_protocol_tells_all_that_one_needs_to_measure_it_again(recipe, tmp_path)
   images, settings = about['images'], about['metrics']
   assert images['num_images'] == 20 and images['step'] == 4 and images['weights'] == 'ema'
   assert len(images['weights_sha256']) == 64 and images['sampler']['num_steps'] == 4
-  assert settings['inception_sha256'] == reference.file_sha256(tmp_path / 'inception.pth')
-  assert settings['reference']['sha256'] == reference.file_sha256(recipe.eval.reference)
+  assert settings['inception_sha256'] == hashes.file_sha256(tmp_path / 'inception.pth')
+  assert settings['reference']['sha256'] == hashes.file_sha256(recipe.eval.reference)
   assert settings['reference']['num_images'] == 1797 and settings['resize'] == 'tf1'
   assert about['code']
 
@@ -141,6 +159,50 @@ def test_training_goes_on_while_the_host_computes_its_numbers(recipe, tmp_path, 
   train.train(recipe_of(tmp_path / 'inception.pth', eval__every_steps=2), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines if 'eval/fid-20' in line] == [2, 4]
+
+
+def test_sigterm_gives_an_evaluation_up_which_the_next_start_makes(recipe, tmp_path, monkeypatch):
+  """The step is saved before it is measured, so nothing is lost."""
+  collect, preemptions, make = evaluators.Inception.collect, [], hosts.Preemption
+
+  def watched():
+    preemptions.append(make())
+    return preemptions[-1]
+
+  def interrupted(self, batches, **options):
+    preemptions[-1]._notice(None, None)
+    return collect(self, batches, **options)
+
+  monkeypatch.setattr(hosts, 'Preemption', watched)
+  settings = {'eval__every_steps': 2, 'log__checkpoint_every_steps': 0}
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluators.Inception, 'collect', interrupted)
+    state = train.train(recipe_of(tmp_path / 'inception.pth', **settings), tmp_path)
+  assert int(state.step) == 3 and not (tmp_path / 'evaluations').exists()
+  assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} >= {'2', '3'}
+  train.train(recipe_of(tmp_path / 'inception.pth', **settings), tmp_path)
+  assert [path.name[:6] for path in (tmp_path / 'evaluations').iterdir()] == ['step=4']
+
+
+def test_a_result_cut_short_by_a_kill_is_made_again(recipe, tmp_path):
+  train.train(recipe, tmp_path)
+  (folder,) = (tmp_path / 'evaluations').iterdir()
+  metrics = (folder / 'metrics.json').read_text()
+  (folder / 'metrics.json').unlink()
+  train.train(recipe, tmp_path)
+  assert (folder / 'metrics.json').read_text() == metrics
+
+
+def test_numbers_under_way_are_kept_when_a_run_fails(recipe, tmp_path, monkeypatch):
+  def fail(self, done):
+    assert done != 4, 'the log fails'
+    log(self, done)
+
+  log = train.Hooks.log
+  monkeypatch.setattr(train.Hooks, 'log', fail)
+  with pytest.raises(AssertionError, match='the log fails'):
+    train.train(recipe_of(tmp_path / 'inception.pth', eval__every_steps=2), tmp_path)
+  assert result(tmp_path)[1]['images']['step'] == 2
 
 
 def test_a_failing_report_ends_the_run_with_its_reason(recipe, tmp_path, monkeypatch):
@@ -196,6 +258,60 @@ def test_few_images_are_told_aloud(recipe, tmp_path, caplog):
   assert text in caplog.text and text in ' '.join(result(tmp_path / 'w')[1]['notes'])
 
 
+def stored(recipe, workdir):
+  """Returns the `.npz` that `sample` makes of a trained run."""
+  train.train(dataclasses.replace(recipe, eval=tiny.recipe('fm').eval), workdir)
+  return sample.sample(recipe, workdir)
+
+
+def test_a_folder_of_pngs_has_the_record_of_its_images(recipe, tmp_path):
+  """Names with full stops, as those of options are, are neither cut nor mixed up."""
+  path = stored(recipe_of(tmp_path / 'inception.pth', sample__png_folder=True), tmp_path)
+  folder = path.with_name(path.name.removesuffix('.npz'))
+  for samples in (folder, path):
+    values = evaluate.evaluate(recipe, tmp_path / samples.suffix, samples=samples)
+    metrics, about = result(tmp_path / samples.suffix)
+    assert metrics == values and about['images']['sampler']['num_steps'] == 4
+    assert (tmp_path / samples.suffix / 'evaluations' / folder.name).is_dir()
+
+
+def test_the_record_of_other_images_is_refused(recipe, tmp_path):
+  path = stored(recipe, tmp_path)
+  with np.load(path) as arrays:
+    np.savez(path, arr_0=arrays['arr_0'][:6], labels=arrays['labels'][:6])
+  with pytest.raises(ValueError, match='record of other images: num_images is 10 there and 6 in'):
+    evaluate.evaluate(recipe, tmp_path / 'again', samples=path)
+
+
+def test_a_foreign_file_of_that_name_is_no_record(recipe, tmp_path):
+  path = digits_npz(tmp_path, 50)
+  path.with_suffix('.json').write_text('["ab"]')
+  evaluate.evaluate(recipe, tmp_path / 'w', samples=path)
+  assert set(result(tmp_path / 'w')[1]['images']) == {
+    'file', 'num_images', 'shape', 'pixels_sha256'}
+
+
+@pytest.mark.parametrize('kind', ['folder', 'npz'])
+def test_a_reference_of_pictures(weights, tmp_path, caplog, kind):
+  """Cropped to the recipe's size; a picture that cannot be read is named and left out."""
+  pixels = tiny.write_pictures(tmp_path / 'pictures', 2, 10, 32)
+  (tmp_path / 'pictures' / 'class000' / 'x.png').write_bytes(b'no picture')
+  np.savez(tmp_path / 'x.npz', arr_0=pixels)
+  config = tiny.config('soflow_unet', mesh__data=1)
+  config.eval.update(name='inception', inception=str(weights))
+  made, source = build.recipe(config), {'folder': 'pictures', 'npz': 'x.npz'}[kind]
+  make_reference.make_reference(made, tmp_path / 'ref.npz', str(tmp_path / source))
+  with np.load(tmp_path / 'ref.npz') as arrays:
+    about = json.loads(str(arrays['protocol']))
+    matrix = np.random.default_rng(0).standard_normal((144, 6)).astype(np.float32) / 12
+    seen = np.asarray(inception.inputs(jnp.asarray(pixels), 'tf1'))[:, ::25, ::25].mean(axis=-1)
+    np.testing.assert_allclose(
+      arrays['mu'], (seen.reshape(20, -1) @ matrix).mean(axis=0), rtol=1e-4, atol=1e-5)
+    assert arrays['pool'].shape == (20, 6)
+  assert about['num_images'] == 20 and about['image_size'] == [32, 32]
+  assert about.get('unreadable', ['class000/x.png']) == ['class000/x.png']
+
+
 def call(monkeypatch, capsys, *arguments):
   """Runs the command line; returns (exit status, stdout, stderr)."""
   monkeypatch.setattr(sys, 'argv', ['fmzoo', *map(str, arguments)])
@@ -205,26 +321,28 @@ def call(monkeypatch, capsys, *arguments):
 
 
 def test_two_results_are_compared(recipe, tmp_path, monkeypatch, capsys):
-  for name, count in (('a', 100), ('b', 50)):
+  for name, count in (('a=(1,2)', 100), ('b', 50)):
     samples = digits_npz(tmp_path, count).rename(tmp_path / f'{name}.npz')
     evaluate.evaluate(recipe, tmp_path, samples=samples)
-  folders = ','.join(str(tmp_path / 'evaluations' / name) for name in 'ab')
+  folders = ','.join(str(tmp_path / 'evaluations' / name) for name in ('a=(1,2)', 'b'))
   status, out, _ = call(monkeypatch, capsys, 'evaluate', f'--compare={folders}')
   assert status == 0 and 'fid-100' in out and 'images.num_images: 100 | 50' in out
   assert 'metrics.resize' not in out  # the same in both
-  same = ','.join([str(tmp_path / 'evaluations' / 'a')] * 2)
+  same = ','.join([str(tmp_path / 'evaluations' / 'b')] * 2)
   assert 'protocols are the same' in call(monkeypatch, capsys, 'evaluate', f'--compare={same}')[1]
 
 
+REAL = '--samples={folder}/real.npz'
 BAD = {
+  'no checkpoint': ((), ('no checkpoint', 'train first')),
   'no weights': (
-    ('--config.eval.inception={folder}/none.pth',),
+    (REAL, '--config.eval.inception={folder}/none.pth'),
     ('none.pth', 'pt_inception-2015-12-05-6726825d.pth', 'https://github.com', official.SHA256)),
-  'no reference': (('--config.eval.reference=',), ("eval.reference=''", '--make_reference')),
+  'no reference': ((REAL, '--config.eval.reference='), ("eval.reference=''", '--make_reference')),
   'a reference that is not there': (
-    ('--config.eval.reference={folder}/none.npz',), ('none.npz', 'VIRTUAL_imagenet256')),
+    (REAL, '--config.eval.reference={folder}/none.npz'), ('none.npz', 'VIRTUAL_imagenet256')),
   'a reference made otherwise': (
-    ('--config.eval.resize=ptfid',), ('digits.npz', "resize 'tf1'", "'ptfid'")),
+    (REAL, '--config.eval.resize=ptfid'), ('digits.npz', "resize 'tf1'", "'ptfid'")),
   'unknown resize': (('--config.eval.resize=pil',), ('eval.resize', 'pil', 'tf1, ptfid')),
   'samples cut short': (('--samples={folder}/cut.npz',), ('cut.npz',)),
   'samples that are no pixels': (('--samples={folder}/floats.npz',), ('floats.npz', 'float32')),
@@ -234,8 +352,14 @@ BAD = {
     ('--samples={folder}/large.npz',), ('9 x 9 pixels', 'digits.npz', '8 x 8')),
   'no samples there': (('--samples={folder}/none.npz',), ('none.npz',)),
   'a folder without pictures': (('--samples={folder}/empty',), ('empty',)),
-  'results of nothing': (('--compare={folder},{folder}',), ('no result', 'metrics.json')),
+  'results of nothing': (('--compare={folder},{folder}',), ('two results', 'metrics.json')),
   'one result': (('--compare={folder}',), ('--compare', 'A,B')),
+  'three samples': (('--samples={folder}/three.npz',), ('three.npz holds 3 images', '4 or more')),
+  'one sample asked for': (('--config.eval.num_images=1',), ('eval.num_images=1', 'at least 4')),
+  'weights that are a folder': (
+    (REAL, '--config.eval.inception={folder}/empty'), ('empty is no file',)),
+  'a reference whose protocol is damaged': (
+    (REAL, '--config.eval.reference={folder}/odd.npz'), ('odd.npz', 'cannot be read')),
   'a reference that is there': (('--make_reference={folder}/digits.npz',), ('digits.npz', 'there')),
   'a reference of another kind': (('--make_reference={folder}/x.npy',), ('x.npy', '.npz')),
   'a source without reference': (('--from={folder}',), ('--from', '--make_reference')),
@@ -250,12 +374,14 @@ def test_bad_input_is_one_line(recipe, tmp_path, monkeypatch, capsys, arguments,
   (tmp_path / 'empty').mkdir()
   whole = digits_npz(tmp_path).read_bytes()
   (tmp_path / 'cut.npz').write_bytes(whole[:-200])
+  np.savez(tmp_path / 'odd.npz', mu=np.zeros(6), sigma=np.eye(6), protocol='{bad')
   for name, array in {
+    'three': np.zeros((3, 8, 8, 1), np.uint8),
     'floats': np.zeros((5, 8, 8, 3), np.float32), 'flat': np.zeros((5, 64), np.uint8),
     'two': np.zeros((5, 8, 8, 2), np.uint8), 'large': np.zeros((5, 9, 9, 1), np.uint8),
   }.items():
-    np.savez(tmp_path / f'{name}.npz', arr_0=array, labels=np.zeros(5, np.int32))
-  if words[0] == 'none.pth':
+    np.savez(tmp_path / f'{name}.npz', arr_0=array)
+  if words[0] in ('none.pth', 'empty is no file'):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
   before = sorted(tmp_path.rglob('*'))

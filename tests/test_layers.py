@@ -32,7 +32,8 @@ ALLOWED = {
     'fmzoo.convert.vae', 'fmzoo.parallel'}),
   'fmzoo.parallel': ({'jax', 'numpy', 'absl'}, {'fmzoo.parallel'}),
   'fmzoo.metrics': ({'numpy', 'sklearn', 'jax', 'flax'}, {
-    'fmzoo', 'fmzoo.data.digits', 'fmzoo.models', 'fmzoo.metrics'}),
+    'fmzoo', 'fmzoo.data.digits', 'fmzoo.files', 'fmzoo.hashes', 'fmzoo.metrics',
+    'fmzoo.models'}),
   'fmzoo.convert.weights': ({'numpy', 'safetensors', 'torch'}, {'fmzoo.convert'}),
   'fmzoo.convert': (
     {'jax', 'numpy', 'safetensors', 'ml_dtypes'}, {'fmzoo.models', 'fmzoo.convert'}),
@@ -60,14 +61,14 @@ ALLOWED = {
   'fmzoo.sources': ({'absl'}, {
     'fmzoo.convert.vae', 'fmzoo.data', 'fmzoo.encoders', 'fmzoo.inputs', 'fmzoo.models.vae'}),
   'fmzoo.sampler': ({'jax', 'numpy'}, {
-    'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
+    'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sources'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.checkpoint', 'fmzoo.hashes', 'fmzoo.metrics.protocol', 'fmzoo.npz', 'fmzoo.parallel',
     'fmzoo.partial', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sampler', 'fmzoo.sources',
     'fmzoo.writer'}),
   'fmzoo.evaluators': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.convert.inception', 'fmzoo.metrics', 'fmzoo.models.inception', 'fmzoo.parallel',
-    'fmzoo.picture_stream', 'fmzoo.sources', 'fmzoo.writer'}),
+    'fmzoo.convert.inception', 'fmzoo.hashes', 'fmzoo.metrics', 'fmzoo.models.inception',
+    'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
     'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.writer'}),
@@ -75,9 +76,9 @@ ALLOWED = {
     'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel',
     'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.parallel',
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step',
-    'fmzoo.writer'}),
+    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol',
+    'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources',
+    'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {

@@ -32,9 +32,9 @@ def load(path):
   Raises:
     ValueError: one line, if there is no such file, it cannot be read or is of another network.
   """
-  if not pathlib.Path(path).exists():
+  if not pathlib.Path(path).is_file():
     raise ValueError(
-      f'{path} is not there; download {FILE} ({BYTES} bytes, SHA-256 {SHA256}) from {URL} to it'
+      f'{path} is no file; download {FILE} ({BYTES} bytes, SHA-256 {SHA256}) from {URL} to it'
     )
   with weights.opened(path) as tensors:
     try:

@@ -46,7 +46,9 @@ def make_program(config, method, rows, whole):
     probabilities = jax.nn.softmax(net.logits_without_bias(params, features.pool))
     return features.pool, features.spatial, probabilities
 
-  return jax.jit(run, in_shardings=(whole, rows), out_shardings=whole)
+  compiled = jax.jit(run, in_shardings=(whole, rows), out_shardings=whole)
+  # Of several hosts each has a mesh of its own, to which jit does not take arrays of the host.
+  return lambda params, images: compiled(params, jax.device_put(images, rows))
 
 
 def widths(config):
@@ -144,7 +146,8 @@ class Keeper:
       moments.of(pool), moments.of(spatial), inception_score.of(probabilities, first=self._next)
     )
     self._sums = sums if self._sums is None else _merged(self._sums, sums)
-    self._features.append(pool[-self._next % self._every :: self._every])
+    # A copy: a view would keep all of them in memory.
+    self._features.append(pool[-self._next % self._every :: self._every].copy())
     self._next += len(pool)
     self._waiting, self._count = [], 0
 

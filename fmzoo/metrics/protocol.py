@@ -1,5 +1,7 @@
 """Numbers on disk, never without how they came about."""
 
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -8,6 +10,7 @@ import pathlib
 import subprocess
 
 import fmzoo
+from fmzoo import files
 
 FULL = 50_000  # images of the field's FID; a distance of fewer or more is named after its number
 ABSENT = 'not told'  # in place of a value that one of two protocols does not have
@@ -35,9 +38,13 @@ def write_result(folder, metrics, protocol):
   folder.mkdir(parents=True, exist_ok=True)
   _set_aside(folder, texts)
   for name, text in texts.items():
-    temporary = folder / f'{name}.{os.getpid()}.tmp'
-    temporary.write_text(text + '\n')
-    os.replace(temporary, folder / name)
+    with files.replacing(folder / name) as file:
+      file.write((text + '\n').encode())
+
+
+def is_result(folder):
+  """Says whether a folder is one of `write_result`, and complete."""
+  return (pathlib.Path(folder) / 'metrics.json').is_file()  # written last
 
 
 def read_result(folder):
@@ -86,19 +93,29 @@ def metric_name(metric, count):
   return metric if count == FULL else f'{metric}-{count}'
 
 
+@functools.cache
 def code_version():
-  """Returns `git describe` of the checkout this package is in, else its release number."""
+  """Returns `git describe` of the checkout this package is in, else its release number.
+
+  It is looked at once in a process, when the code that runs has just been read. Changes that are
+  not committed add '-dirty' and the first digits of their SHA-256.
+  """
   root = pathlib.Path(fmzoo.__file__).parent.parent
-  if (root / '.git').exists():  # Not any repository further up: it would be somebody else's.
-    try:
-      described = subprocess.run(
-        ['git', '-C', str(root), 'describe', '--always', '--tags', '--dirty'],
-        capture_output=True, text=True, timeout=5, check=True,
-      )
-      return described.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-      return fmzoo.__version__  # no git, no commit, or a file system too slow to wait for
-  return fmzoo.__version__
+  if not (root / '.git').exists():  # Not any repository further up: it would be somebody else's.
+    return fmzoo.__version__
+  try:
+    described = _git(root, 'describe', '--always', '--tags', '--dirty').decode().strip()
+    if not described.endswith('-dirty'):
+      return described
+    return f'{described}-{hashlib.sha256(_git(root, "diff", "HEAD")).hexdigest()[:8]}'
+  except (OSError, subprocess.SubprocessError):
+    return fmzoo.__version__  # no git, no commit, or a file system too slow to wait for
+
+
+def _git(root, *arguments):
+  """Returns what a git command prints."""
+  command = ['git', '-C', str(root), *arguments]
+  return subprocess.run(command, capture_output=True, timeout=5, check=True).stdout
 
 
 def _set_aside(folder, texts):

@@ -4,7 +4,6 @@ Ours hold what ADM's hold but for the images, in place of which they have the po
 `MOST_FEATURES` of them, and how they were made.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -13,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmzoo import files, hashes
 from fmzoo.metrics import moments
 
+FEWEST = 4  # images that three neighbours can be found among
 MOST_FEATURES = 10_000  # images of ADM's reference, whose neighbourhoods recall counts
 NAMES = {  # ours: theirs; ADM and pytorch-fid, MeanFlow
   'pool': (('mu', 'sigma'), ('ref_mu', 'ref_sigma')),
@@ -65,6 +66,7 @@ def read(path, widths):
     with np.load(path, allow_pickle=False) as arrays:
       stored = {name: arrays[name] for name in arrays.files if name not in ('arr_0', 'labels')}
       has_images = 'arr_0' in arrays.files
+    made = json.loads(str(stored.get('protocol', '{}')))
   except FileNotFoundError as error:
     raise ValueError(f'eval.reference={path} is not there; {ADM}') from error
   except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
@@ -72,11 +74,12 @@ def read(path, widths):
   found = {kind: _gaussian(path, stored, kind, widths[kind]) for kind in NAMES}
   if not has_images and not found['pool']:
     raise ValueError(f'eval.reference={path} holds {sorted(stored)}; {REMEDY}')
+  if not isinstance(made, dict):
+    raise ValueError(f'eval.reference={path}: its protocol is {made}, expected {{...}}; {REMEDY}')
   features = stored.get('pool')
   if features is not None:
-    _expect(path, 'pool', features, (len(features), widths['pool']))
-  made = json.loads(str(stored['protocol'])) if 'protocol' in stored else {}
-  protocol = {'file': pathlib.Path(path).name, 'sha256': file_sha256(path), **made}
+    _expect(path, 'pool', features, (max(features.size // widths['pool'], FEWEST), widths['pool']))
+  protocol = {'file': pathlib.Path(path).name, 'sha256': hashes.file_sha256(path), **made}
   return Reference(found['pool'], found['spatial'], features, has_images, protocol)
 
 
@@ -132,17 +135,12 @@ def write(path, activations, protocol):
   """
   path = pathlib.Path(path)
   expect_absent(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary, known = path.with_name(f'{path.name}.{os.getpid()}.tmp'), of(activations)
-  try:
-    with open(temporary, 'wb') as file:
-      np.savez(
-        file, mu=known.pool.mean, sigma=known.pool.covariance, mu_s=known.spatial.mean,
-        sigma_s=known.spatial.covariance, pool=known.features, protocol=json.dumps(protocol),
-      )
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  known = of(activations)
+  with files.replacing(path) as file:
+    np.savez(
+      file, mu=known.pool.mean, sigma=known.pool.covariance, mu_s=known.spatial.mean,
+      sigma_s=known.spatial.covariance, pool=known.features, protocol=json.dumps(protocol),
+    )
 
 
 def expect_absent(path):
@@ -151,9 +149,3 @@ def expect_absent(path):
     raise ValueError(f'--make_reference={path} must end in .npz')
   if os.path.lexists(path):
     raise ValueError(f'--make_reference={path} is there already and stays; name another file')
-
-
-def file_sha256(path):
-  """Returns the hex SHA-256 of a file."""
-  with open(path, 'rb') as content:
-    return hashlib.file_digest(content, 'sha256').hexdigest()

@@ -3,6 +3,7 @@
 Everything here works unchanged in a single process, at no cost.
 """
 
+import contextlib
 import io
 import logging
 import signal
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-GATHERED = 2**26  # bytes of each process that are on a device at a time
+GATHERED = 2**26  # bytes of all processes that are on a device at a time
 
 
 def is_main():
@@ -38,6 +39,25 @@ def all_agree(holds):
   return bool(np.all(multihost_utils.process_allgather(np.array(bool(holds)))))
 
 
+@contextlib.contextmanager
+def together(what):
+  """Ends in all processes if one of them raises inside, where nothing may wait for the others.
+
+  Args:
+    what: is done inside, for the message of those that did not fail.
+
+  Raises:
+    ValueError: in a process that could have gone on; the others raise what they met.
+  """
+  problem = None
+  try:
+    yield
+  except Exception as error:  # kept until the others know, and raised then
+    problem = error
+  if not all_agree(problem is None):
+    raise problem or ValueError(f'{what}: another host cannot go on, its log says why')
+
+
 def barrier(name):
   """Waits until every process is here; `name` tells barriers apart and must be the same in all."""
   if jax.process_count() > 1:
@@ -60,10 +80,10 @@ def gather(tree):
   np.savez(stream, *leaves)
   data = np.frombuffer(stream.getvalue(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array(len(data), np.uint32))
-  gathered = [[] for _ in sizes]
-  for first in range(0, int(sizes.max()), GATHERED):
-    part = data[first : first + GATHERED]
-    width = min(GATHERED, int(sizes.max()) - first)
+  gathered, most = [[] for _ in sizes], max(GATHERED // len(sizes), 1)
+  for first in range(0, int(sizes.max()), most):
+    part = data[first : first + most]
+    width = min(most, int(sizes.max()) - first)
     parts = multihost_utils.process_allgather(np.pad(part, (0, width - len(part))))
     for whole, piece in zip(gathered, parts):
       whole.append(piece)
@@ -110,6 +130,11 @@ class Preemption:
     """
     if self._distributed:
       return multihost_utils.reached_preemption_sync_point(step)
+    return self._noticed
+
+  @property
+  def noticed(self):
+    """Whether SIGTERM came; never under `jax.distributed`, where hosts must ask together."""
     return self._noticed
 
   def close(self):

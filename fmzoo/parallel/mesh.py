@@ -58,11 +58,20 @@ def of_this_host(mesh, at_most):
   return Mesh(np.array(devices), ('data',))
 
 
-def copy_to(mesh, tree):
-  """Copies a tree that every host holds whole to this host's devices of another mesh."""
-  return jax.device_put(
-    jax.tree.map(lambda leaf: leaf.addressable_data(0), tree), replicated(mesh)
-  )
+def on_own_devices(mesh, tree):
+  """Returns a tree that is replicated over more devices as one over a part of them, not copied.
+
+  Args:
+    mesh: of this host's devices, each of which has a copy.
+    tree: of arrays.
+  """
+  def share(leaf):
+    copies = {shard.device: shard.data for shard in leaf.addressable_shards}
+    return jax.make_array_from_single_device_arrays(
+      leaf.shape, replicated(mesh), [copies[device] for device in mesh.devices.flat]
+    )
+
+  return jax.tree.map(share, tree)
 
 
 def replicated(mesh):

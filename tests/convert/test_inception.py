@@ -135,7 +135,7 @@ def test_a_missing_file_is_one_line_with_all_it_takes(tmp_path):
   with pytest.raises(ValueError) as error:
     convert.load(path)
   line = str(error.value)
-  assert line.startswith(f'{path} is not there; download {convert.FILE} (95628359 bytes, SHA-256 ')
+  assert line.startswith(f'{path} is no file; download {convert.FILE} (95628359 bytes, SHA-256 ')
   assert convert.SHA256 in line and line.endswith(f'from {convert.URL} to it')
   assert len(convert.SHA256) == 64 and convert.SHA256[:8] == convert.FILE[-12:-4]
   assert '\n' not in line

@@ -53,6 +53,13 @@ def test_parts_of_two_hosts_are_the_whole(small_chunks):
   np.testing.assert_array_equal(whole.features, program(IMAGES)[0][::4])
 
 
+def test_features_that_are_not_kept_take_no_memory(small_chunks):
+  keeper = activations.Keeper(0, 4)
+  keeper.add(*program(IMAGES))
+  keeper._flush()
+  assert all(features.base is None for features in keeper._features)
+
+
 def test_padding_is_not_counted():
   assert measure([IMAGES[:3]]).pool.count == 3
 

@@ -54,6 +54,7 @@ def test_a_protocol_that_is_no_json_leaves_the_earlier_result(tmp_path):
 def package(tmp_path, monkeypatch):
   """Makes the package believe that it lives below a folder of its own."""
   monkeypatch.setattr(fmzoo, '__file__', str(tmp_path / 'fmzoo' / '__init__.py'))
+  monkeypatch.setattr(protocol, 'code_version', protocol.code_version.__wrapped__)
   return tmp_path
 
 
@@ -68,8 +69,11 @@ def test_code_version_of_a_checkout_is_its_commit(package):
   git(package, 'add', 'file')
   git(package, 'commit', '-qm', 'a')
   assert re.fullmatch('[0-9a-f]{7,}', protocol.code_version())
-  (package / 'file').write_text('b')
-  assert protocol.code_version().endswith('-dirty')
+  versions = []
+  for text in ('b', 'c'):
+    (package / 'file').write_text(text)
+    versions.append(protocol.code_version())
+  assert re.fullmatch('[0-9a-f]{7,}-dirty-[0-9a-f]{8}', versions[0]) and len(set(versions)) == 2
 
 
 def test_code_version_without_a_checkout_is_the_release(package):

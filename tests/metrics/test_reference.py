@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from fmzoo import hashes
 from fmzoo.metrics import activations, inception_score, moments, reference
 
 WIDTHS = {'pool': 6, 'spatial': 4}
@@ -45,7 +46,7 @@ def test_adm_statistics_come_with_the_images(tmp_path):
   assert_same(known.spatial, SPATIAL)
   assert known.has_images and known.features is None
   assert known.protocol == {
-    'file': 'x.npz', 'sha256': reference.file_sha256(tmp_path / 'x.npz')}
+    'file': 'x.npz', 'sha256': hashes.file_sha256(tmp_path / 'x.npz')}
 
 
 @pytest.mark.parametrize('names', [('mu', 'sigma'), ('ref_mu', 'ref_sigma')])
@@ -92,8 +93,12 @@ BAD = {
   'integers': ({**ADM, 'mu': np.zeros(6, int)}, 'mu is int64'),
   'something else': ({'weights': np.zeros(3)}, r"holds \['weights'\]; expected an .npz with arr_0"),
   'a mean alone': ({'mu': POOL[0]}, r"holds \['mu'\]"),
+  'a protocol that is none': ({**ADM, 'protocol': '[1]'}, r'its protocol is \[1\], expected'),
+  'features that are a number': ({**ADM, 'pool': np.float32(1)}, r'pool is float32\[\], expected'),
+  'features of too few images': (
+    {**ADM, 'pool': np.zeros((3, 6), np.float32)}, r'pool is float32\[3, 6\], expected .*\[4, 6\]'),
   'features of another width': (
-    {**ADM, 'pool': np.zeros((3, 7), np.float32)}, r'pool is float32\[3, 7\], expected .*\[3, 6\]'),
+    {**ADM, 'pool': np.zeros((3, 7), np.float32)}, r'pool is float32\[3, 7\], expected .*\[4, 6\]'),
 }
 
 

@@ -46,6 +46,6 @@ def test_trees_are_copied_to_some_devices_of_a_mesh(at_most, size):
   own = meshes.of_this_host(mesh, at_most)
   assert list(own.devices) == jax.devices()[:size]
   tree = jax.device_put({'x': np.arange(3.0)}, meshes.replicated(mesh))
-  copied = meshes.copy_to(own, tree)['x']
+  copied = meshes.on_own_devices(own, tree)['x']
   assert copied.sharding == meshes.replicated(own)
   np.testing.assert_array_equal(copied, [0, 1, 2])
