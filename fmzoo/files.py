@@ -7,16 +7,18 @@ import pathlib
 
 
 @contextlib.contextmanager
-def replacing(path, sync=False):
+def replacing(path, sync=False, temporary=None):
   """Opens a temporary file that takes the place of `path` if the block succeeds.
 
   Args:
     path: its folder is made if missing.
     sync: whether the bytes must be on disk first, lest a lost machine leaves an empty file.
+    temporary: path of the temporary file, on the same file system, for those who have a place where
+      it is cleaned up after a kill; None is beside `path`, under a name of this process.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = pathlib.Path(temporary or path.with_name(f'{path.name}.{os.getpid()}.tmp'))
   try:
     with open(temporary, 'wb') as file:
       yield file

@@ -1,8 +1,10 @@
 """Images in the making: chunks of them on disk, each whole or not at all, whoever made it."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -12,7 +14,11 @@ import numpy as np
 from fmzoo import files, npz
 
 PLAN = 'plan.json'
-FREE = ('code', 'rows')  # of a plan: may change when a job goes on
+FREE = ('code', 'codes', 'rows')  # of a plan: may change when a job goes on
+CHUNKS = '*[0-9]-*[0-9]'  # pattern of their names; no lock or temporary file has such a one
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)  # of some file systems
+
+_log = logging.getLogger(__name__)
 
 
 class Job:
@@ -20,12 +26,13 @@ class Job:
 
   A chunk holds `rows` images, the last one what is left; a file of another size counts as missing.
   Where there are chunks to go on with, `rows` are theirs, so that the others come out as they would
-  have done.
+  have done. `codes` are the versions of the code that were at work on the chunks; plan and record
+  hold them wherever they are not just `code`, the version of the last process.
 
   Args:
     path: of the finished file, `<name>.npz`; its record is `<name>.json`.
-    plan: plain values, all that decides the images; `num_images`, `shape` (H, W, C) of an image and
-      `stored`, the dtype of its numbers, among them.
+    plan: plain values, all that decides the images; `code`, `num_images`, `shape` (H, W, C) of an
+      image and `stored`, the dtype of its numbers, among them.
     rows: images of a chunk.
 
   Raises:
@@ -38,9 +45,12 @@ class Job:
     name = self.path.name.removesuffix('.npz')
     self.record = self.path.with_name(f'{name}.json')
     self.folder = self.path.with_name(f'{name}.partial')
+    self.removed = self.path.with_name(f'{name}.removed')
+    self.codes = [self.plan['code']]
     found = self._plan_in(self.folder / PLAN)
-    if found and any(self.folder.glob('*[0-9]-*[0-9]')):
+    if found and any(self.folder.glob(CHUNKS)):
       self.rows = found['rows']
+      self.codes = self._codes_after(found)
     if not found and self.path.exists() and not self._plan_in(self.record):
       raise ValueError(
         f'{self.path} is there without {self.record.name}, which says what it is; move it away or'
@@ -60,6 +70,18 @@ class Job:
         )
     return found
 
+  def _codes_after(self, found):
+    """Returns the versions of the code at work on the chunks, those of the plan found first."""
+    codes, code = found.get('codes', [found['code']]), self.plan['code']
+    if not self.missing(range(self.chunks)):
+      return codes  # nothing is left to be made by this one
+    if code != found['code']:
+      _log.warning(
+        '%s: goes on with code %s, chunks there were made by %s; both will be in the record',
+        self.folder, code, ', '.join(codes),
+      )
+    return codes if code in codes else [*codes, code]
+
   @property
   def is_finished(self):
     """Whether the finished file is there, and nothing is left to be done."""
@@ -71,12 +93,29 @@ class Job:
     return math.ceil(self.plan['num_images'] / self.rows)
 
   def write_plan(self):
-    """Says what the chunks are of, before the first of them."""
-    files.write_json(self.folder / PLAN, self.plan | {'rows': self.rows})
+    """Says what the chunks are of, before the first of them.
+
+    Chunks without a plan are removed: nothing says whose they are.
+    """
+    shutil.rmtree(self.removed, ignore_errors=True)
+    strays = [] if (self.folder / PLAN).exists() else sorted(self.folder.glob(CHUNKS))
+    if strays:
+      _log.warning(
+        '%s: %d chunks without %s, first %s, are removed and made again; nothing says what they'
+        ' are of', self.folder, len(strays), PLAN, strays[0].name,
+      )
+    for stray in strays:
+      stray.unlink()
+    files.write_json(self.folder / PLAN, self._record())
+
+  def _record(self):
+    """Returns the plan and how the chunks were made."""
+    codes = {} if self.codes == [self.plan['code']] else {'codes': self.codes}
+    return self.plan | {'rows': self.rows} | codes
 
   @contextlib.contextmanager
   def locked(self, process_index):
-    """Keeps others away from a host's share, where the file system can.
+    """Keeps others away from a host's share, where the file system can; elsewhere warns.
 
     Raises:
       ValueError: if another process is at work there.
@@ -89,6 +128,13 @@ class Job:
         raise ValueError(
           f'{self.folder}: another `sample` is at work there; wait for its end'
         ) from error
+      except OSError as error:
+        if error.errno not in NO_LOCKS:
+          raise
+        _log.warning(
+          '%s: this file system has no locks (%s), so that nothing keeps another `sample` of the'
+          ' same images away; start none', self.folder, error.strerror,
+        )
       yield
 
   def size(self, chunk):
@@ -132,6 +178,8 @@ class Job:
   def assemble(self, labels):
     """Writes the record and then the `.npz` of all chunks.
 
+    Until it is whole it lies in the folder: what a kill leaves is written over, or removed with it.
+
     Args:
       labels: [N] int32.
 
@@ -143,22 +191,29 @@ class Job:
         f'{self.folder}: {len(missing)} of {self.chunks} chunks are missing, first'
         f' {self._file(missing[0]).name}; run `sample` again, with all hosts on one file system'
       )
-    files.write_json(self.record, self.plan | {'rows': self.rows})
+    files.write_json(self.record, self._record())
     name = 'arr_0' if self._dtype == np.uint8 else 'latents'
     images = (
       np.fromfile(self._file(chunk), self._dtype).reshape(self._shape(chunk))
       for chunk in range(self.chunks)
     )
-    with files.replacing(self.path, sync=True) as file:
+    temporary = self.folder / 'assembled.tmp'
+    with files.replacing(self.path, sync=True, temporary=temporary) as file:
       npz.write(file, {
         name: (self._dtype, (len(labels), *self.plan['shape']), images),
         'labels': (labels.dtype, labels.shape, [labels]),
       })
 
   def remove(self):
-    """Removes the folder, if there is one, once its images are elsewhere."""
-    (self.folder / PLAN).unlink(missing_ok=True)  # first: without it nobody goes on
-    shutil.rmtree(self.folder, ignore_errors=True)
+    """Removes the folder, if there is one, once its images are elsewhere.
+
+    It is renamed first, so that plan and chunks go together, whenever a kill comes; what that
+    leaves is removed by the next job of this name.
+    """
+    shutil.rmtree(self.removed, ignore_errors=True)
+    if self.folder.exists():
+      self.folder.rename(self.removed)
+    shutil.rmtree(self.removed, ignore_errors=True)
 
 
 def _difference(key, found, asked):

@@ -1,5 +1,6 @@
 """Pictures read back a few at a time, from an `.npz` or from a folder of PNGs."""
 
+import logging
 import pathlib
 
 import numpy as np
@@ -9,13 +10,17 @@ from fmzoo import npz
 REMEDY = 'expected an .npz with arr_0, uint8 [n, H, W, 1 or 3], or a folder of PNGs'
 GREY_MODES = ('1', 'L')  # of PIL; pictures of these have one channel
 DEEP_MODES = ('I', 'F')  # beginnings of the modes with more than 8 bits
+ALPHA_MODES = ('A', 'a')  # ends of the modes with transparency, such as RGBA
+
+_log = logging.getLogger(__name__)
 
 
 def open_images(path):
   """Opens images for reading in order.
 
   Args:
-    path: an ADM `.npz` (arr_0 and, if there, labels) or a folder of PNGs, taken by name.
+    path: an ADM `.npz` (arr_0 and, if there, labels) or a folder of PNGs, taken by name; what else
+      is in the folder is left out, and the log says so.
 
   Returns:
     An object with `len`, `shape` (H, W, C), `labels` ([n] int32 or None), `batches(size)` and
@@ -92,9 +97,16 @@ class Folder:
   labels = None
 
   def __init__(self, path):
-    self._files = sorted(path.glob('*.png'))
+    found = sorted(path.iterdir())
+    self._files = [file for file in found if _is_png(file)]
     if not self._files:
       raise ValueError(f'{path} holds no PNGs; {REMEDY}')
+    others = [file for file in found if not _is_png(file)]
+    if others:
+      _log.warning(
+        '%s: left out, no PNGs by their name: %d beside %d PNGs, first %s', path, len(others),
+        len(self._files), others[0].name,
+      )
     self.shape = _read_png(self._files[0]).shape
 
   def __len__(self):
@@ -125,17 +137,29 @@ class Folder:
     self.close()
 
 
+def _is_png(file):
+  """Says whether a file has the name of a PNG."""
+  return file.suffix.lower() == '.png'
+
+
 def _read_png(file):
-  """Returns [H, W, 1 or 3] uint8; what is not grey becomes RGB."""
+  """Returns [H, W, 1 or 3] uint8; what is not grey becomes RGB, transparency is refused."""
   from PIL import Image
 
   try:
     with Image.open(file) as image:
       if image.mode.startswith(DEEP_MODES):
         raise ValueError(f'mode {image.mode} has more than 8 bits a channel')
+      if image.mode.endswith(ALPHA_MODES) or 'transparency' in image.info:
+        raise ValueError(
+          f'mode {image.mode} with transparency, and nothing says what is behind it; lay it over'
+          ' a background'
+        )
       if image.mode in GREY_MODES:
         return np.asarray(image.convert('L'))[..., None]
       return np.asarray(image.convert('RGB'))
   except (OSError, ValueError, SyntaxError) as error:
     reason = ' '.join(str(error).split())
-    raise ValueError(f'{file} cannot be read: {reason}; expected a PNG of 8 bits') from error
+    raise ValueError(
+      f'{file} cannot be read: {reason}; expected an opaque PNG of 8 bits'
+    ) from error

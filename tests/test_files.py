@@ -23,6 +23,16 @@ def test_a_file_and_its_folder_appear_at_the_end(tmp_path, sync):
   assert path.read_bytes() == b'whole' and list(path.parent.iterdir()) == [path]
 
 
+def test_a_temporary_file_may_lie_elsewhere_and_takes_over_what_a_kill_left(tmp_path):
+  path, temporary = tmp_path / 'x', tmp_path / 'folder' / 'x.tmp'
+  temporary.parent.mkdir()
+  temporary.write_bytes(b'left by a kill, and longer')
+  with files.replacing(path, temporary=temporary) as file:
+    file.write(b'whole')
+    assert list(tmp_path.iterdir()) == [temporary.parent]
+  assert path.read_bytes() == b'whole' and not temporary.exists()
+
+
 def test_values_come_back_and_damage_is_one_line(tmp_path):
   path, values = tmp_path / 'x.json', {'a': [1, 2.5], 'b': None}
   files.write_json(path, values)

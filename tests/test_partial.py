@@ -1,11 +1,14 @@
 """A job's chunks are there whole or not at all, and belong to one plan."""
 
+import errno
+import fcntl
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from fmzoo import partial
+from fmzoo import npz, partial
 
 PLAN = {
   'step': 3, 'num_images': 11, 'sampler': {'num_steps': 4, 'guidance': 1.0}, 'code': 'a',
@@ -25,6 +28,15 @@ def begun(tmp_path, rows=4, **changes):
 def write_all(job):
   for chunk in job.missing(range(job.chunks)):
     job.write(chunk, IMAGES[chunk * job.rows : (chunk + 1) * job.rows])
+
+
+def failing(error):
+  """Returns a function that raises an error whatever it is given."""
+
+  def fail(*args):
+    raise error
+
+  return fail
 
 
 def test_chunks_become_the_npz_and_its_record(tmp_path):
@@ -95,6 +107,89 @@ def test_two_processes_are_kept_apart(tmp_path):
       pass
   with job.locked(0):
     pass
+
+
+@pytest.mark.parametrize('number', [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
+  monkeypatch.setattr(fcntl, 'flock', failing(OSError(number, 'not here')))
+  with begun(tmp_path).locked(0):
+    entered = True
+  assert entered and 'this file system has no locks (not here)' in caplog.text
+
+
+def test_other_failures_of_a_lock_are_raised(tmp_path, monkeypatch):
+  monkeypatch.setattr(fcntl, 'flock', failing(OSError(errno.EIO, 'broken')))
+  with pytest.raises(OSError, match='broken'), begun(tmp_path).locked(0):
+    pass
+
+
+def test_a_removal_that_is_killed_leaves_nothing_to_go_on_with(tmp_path, monkeypatch):
+  job = begun(tmp_path)
+  write_all(job)
+  job.assemble(LABELS)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, 'rmtree', lambda *args, **kwargs: None)  # killed before the first file
+    job.remove()
+  assert job.is_finished and not job.folder.exists()
+  assert len(list(job.removed.iterdir())) == 4, 'plan and chunks stay together'
+  partial.Job(job.path, PLAN, 4).remove()
+  assert {path.name for path in tmp_path.iterdir()} == {job.path.name, job.record.name}
+
+
+def test_a_new_job_clears_what_a_killed_removal_left(tmp_path):
+  job = begun(tmp_path)
+  write_all(job)
+  job.folder.rename(job.removed)
+  other = begun(tmp_path, step=4)
+  assert not job.removed.exists() and other.missing(range(3)) == [0, 1, 2]
+
+
+def test_chunks_without_a_plan_are_removed_aloud(tmp_path, caplog):
+  job = begun(tmp_path)
+  write_all(job)
+  begun(tmp_path)
+  assert job.missing(range(3)) == [], 'a plan stands by its chunks'
+  (job.folder / partial.PLAN).unlink()
+  with job.locked(0):
+    other = begun(tmp_path, step=4)
+    assert other.missing(range(3)) == [0, 1, 2] and (job.folder / 'lock-0').exists()
+  assert '3 chunks without plan.json, first 000000000-000000004, are removed' in caplog.text
+
+
+def test_the_record_lists_all_versions_of_the_code_at_work(tmp_path, caplog):
+  for chunk, code in enumerate('aba'):
+    job = begun(tmp_path, code=code)
+    job.write(chunk, IMAGES[4 * chunk : 4 * chunk + 4])
+  assert 'goes on with code b, chunks there were made by a;' in caplog.text
+  assert 'goes on with code a, chunks there were made by a, b;' in caplog.text
+  begun(tmp_path, code='c').assemble(LABELS)  # which makes no chunk
+  record = json.loads(job.record.read_text())
+  assert (record['code'], record['codes']) == ('c', ['a', 'b'])
+
+
+def test_a_version_of_the_code_that_made_nothing_is_forgotten(tmp_path, caplog):
+  begun(tmp_path, code='a')
+  job = begun(tmp_path, code='b')
+  write_all(job)
+  job.assemble(LABELS)
+  record = json.loads(job.record.read_text())
+  assert record == PLAN | {'code': 'b', 'rows': 4} and not caplog.records
+
+
+def test_the_whole_is_assembled_in_the_folder(tmp_path, monkeypatch):
+  job = begun(tmp_path)
+  write_all(job)
+  write = npz.write
+
+  def watched(file, arrays):
+    write(file, arrays)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {job.folder.name, job.record.name}, 'what a kill leaves goes with the folder'
+    assert file.name == str(job.folder / 'assembled.tmp'), 'the next one writes over it'
+
+  monkeypatch.setattr(npz, 'write', watched)
+  job.assemble(LABELS)
+  assert job.path.exists() and not (job.folder / 'assembled.tmp').exists()
 
 
 def test_a_chunk_of_another_kind_is_refused(tmp_path):

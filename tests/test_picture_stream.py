@@ -58,17 +58,33 @@ def test_arrays_are_not_read_whole(tmp_path, monkeypatch):
 def test_folder_of_pngs(tmp_path, channels):
   images = random_images(7, channels=channels)
   pictures.save_folder(tmp_path / 'all', images)
-  (tmp_path / 'all' / 'notes.txt').write_text('no picture')
   expect_images(tmp_path / 'all', images, None)
 
 
-def test_palettes_and_transparency_become_rgb(tmp_path):
+def test_names_count_without_regard_to_case(tmp_path, caplog):
+  images = random_images(7)
+  pictures.save_folder(tmp_path, images)
+  (tmp_path / '00002.png').rename(tmp_path / '00002.PNG')
+  (tmp_path / '00005.png').rename(tmp_path / '00005.Png')
+  expect_images(tmp_path, images, None)
+  assert not caplog.records
+
+
+def test_other_files_are_left_out_aloud(tmp_path, caplog):
+  images = random_images(7)
+  pictures.save_folder(tmp_path, images)
+  for name in ('notes.txt', '00003.jpg'):
+    (tmp_path / name).write_text('no picture')
+  expect_images(tmp_path, images, None)
+  assert 'left out, no PNGs by their name: 2 beside 7 PNGs, first 00003.jpg' in caplog.text
+
+
+def test_palettes_become_rgb(tmp_path):
   image = Image.new('RGB', (8, 6), (200, 100, 50))
   image.convert('P', palette=Image.Palette.ADAPTIVE).save(tmp_path / '0.png')
-  image.convert('RGBA').save(tmp_path / '1.png')
   with picture_stream.open_images(tmp_path) as stream:
     batch, = stream.batches(5)
-  assert batch.shape == (2, 6, 8, 3) and (batch == [200, 100, 50]).all()
+  assert batch.shape == (1, 6, 8, 3) and (batch == [200, 100, 50]).all()
 
 
 def truncated(path):
@@ -114,12 +130,21 @@ def other_mode(folder):
   pictures.save_folder(folder, random_images(1, channels=1), first=2)
 
 
+def transparent(mode, **options):
+  """Returns what adds a picture of a mode to a folder."""
+  return lambda folder: Image.new(mode, (8, 6)).save(folder / '2.png', **options)
+
+
 BAD_FOLDERS = {
   'another size': (other_size, r'00002.png is \(6, 9, 3\), expected \(6, 8, 3\) as 00000.png'),
   'grey': (other_mode, r'00002.png is \(6, 8, 1\)'),
   'no picture': (lambda folder: (folder / '2.png').write_bytes(b'x'), '2.png cannot be read'),
   '16 bits': (
     lambda folder: Image.new('I;16', (8, 6)).save(folder / '2.png'), 'cannot be read: mode I;16'),
+  'RGBA': (transparent('RGBA'), '2.png cannot be read: mode RGBA with transparency.* background'),
+  'LA': (transparent('LA'), 'mode LA with transparency'),
+  'a palette': (transparent('P', transparency=0), 'mode P with transparency'),
+  'one colour': (transparent('RGB', transparency=(0, 0, 0)), 'mode RGB with transparency'),
 }
 
 
