@@ -72,7 +72,7 @@ def get():
   })
   config.sample = ConfigDict({
     'num_images': 100,  # how many
-    'batch_size': 100,  # images at a time, global; `sample` gives each device so many, 64 at most
+    'batch_size': 100,  # of previews, global; `sample` and `evaluate`: of each device, 64 at most
     'labels': 'balanced',  # 'random', 'balanced' or a comma list such as '3,1,4'
     'seed': 0,  # image i depends on the seed and i alone
     'weights': 'ema',  # 'ema' or 'params'

@@ -102,7 +102,10 @@ def parse(argv):
   command_of(itertools.takewhile(lambda word: not word.startswith('-'), argv[1:]))
   sys.path.insert(0, os.getcwd())  # recipes import configs.base
   for name in PATHS:
-    paths.expect_local(f'--{name}', flag_value(argv, name))
+    value = flag_value(argv, name)
+    paths.expect_local(f'--{name}', value)
+    if value == '':
+      raise ValueError(f'--{name}= is empty, expected a path; drop the flag or give one')
   recipe, argv = without_recipe(argv, 'config')
   against, argv = without_recipe(argv, 'against')
   if recipe is not None:

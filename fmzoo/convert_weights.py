@@ -162,7 +162,7 @@ def _expect_fresh(recipe, workdir):
         ' another --workdir for converted weights'
       )
   path = pathlib.Path(workdir) / 'config.json'
-  if os.path.exists(path) and path.read_text() != json.dumps(recipe.config, indent=2):
+  if os.path.exists(path) and path.read_text().strip() != json.dumps(recipe.config, indent=2):
     raise ValueError(
       f'{path} is of another recipe, which stays; choose another --workdir for converted weights'
     )

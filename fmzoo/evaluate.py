@@ -46,6 +46,7 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
   """
   if samples is not None:
     return evaluate_files(recipe, workdir, samples) if hosts.is_main() else {}
+  files.expect_writable('--workdir', workdir)
   mesh = meshes.make(recipe.mesh)
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
   measurement = Measurement(recipe, mesh, samplers.Sampler(recipe, mesh))
@@ -57,21 +58,26 @@ def evaluate_files(recipe, workdir, path):
   """Measures the images of an `.npz` or of a folder of PNGs; see `evaluate`."""
   path, digest = pathlib.Path(path).resolve(), hashlib.sha256()
   name = path.name.removesuffix('.npz')
-
-  def hashed(batches):
-    for batch in batches:
-      digest.update(np.ascontiguousarray(batch))
-      yield batch
-
+  files.expect_writable('--workdir', workdir)
   with picture_stream.open_images(path) as images:
     evaluators.expect_enough(len(images), path)
     about = {'file': path.name, 'num_images': len(images), 'shape': list(images.shape)}
-    about |= record_of(path.with_name(f'{name}.json'), about)
-    evaluator = evaluators.make(recipe)
+    record = record_of(path.with_name(f'{name}.json'), about)
+    evaluator = evaluators.make(recipe, list(images.shape[:2]))
     with writer.Pace(len(images), unit='image') as pace:
-      found = evaluator.collect(hashed(images.batches(evaluator.batch_size)), advance=pace.update)
+      batches = _hashed(images.batches(evaluator.batch_size), digest)
+      found = evaluator.collect(batches, advance=pace.update)
     about['pixels_sha256'] = digest.hexdigest()
-    return report(workdir, evaluator, Collected(name, found, images.labels, about, {}))
+    if record.get('pixels_sha256', digest.hexdigest()) != digest.hexdigest():
+      raise ValueError(f'{path} holds other pixels than {name}.json says; move one of them away')
+    return report(workdir, evaluator, Collected(name, found, images.labels, record | about, {}))
+
+
+def _hashed(batches, digest):
+  """Yields batches, whose pixels are added to a hash on their way."""
+  for batch in batches:
+    digest.update(np.ascontiguousarray(batch))
+    yield batch
 
 
 def record_of(path, about):
@@ -119,8 +125,10 @@ class Measurement:
         f"eval.name='{recipe.eval.name}' measures images, data.name='{recipe.data.name}' has"
         f' latents of {recipe.data.channels} channels; set data.vae=FILE.safetensors to decode them'
       )
+    self.recipe, params = recipe, sample.abstract_params(recipe, mesh)
+    self.shape = list(sampler.image_shape(params))
     with hosts.together('evaluation'):
-      self.recipe, self.evaluator = recipe, evaluators.make(recipe)
+      self.evaluator = evaluators.make(recipe, self.shape[:2])
     settings, self.count = recipe.sample, recipe.eval.num_images
     self.labels = sample.choose_labels(
       settings.labels, self.count, recipe.data.num_classes, settings.seed
@@ -135,7 +143,7 @@ class Measurement:
     self.chunks = hosts.share(total)
     self.own = meshes.of_this_host(mesh, at_most=mesh.size)
     self.sampler = samplers.Sampler(recipe, self.own) if mesh.is_multi_process else sampler
-    self.macs = self.sampler.macs_per_image(sample.abstract_params(recipe, mesh))
+    self.macs = self.sampler.macs_per_image(params)
     protocol.code_version()  # now, and not hours later
 
   def collect(self, params, done, *, weights, stop=lambda: False):
@@ -157,7 +165,8 @@ class Measurement:
     share = min(self.chunks.stop * self.rows, self.count) - first
     try:
       with hosts.together('evaluation'), writer.Pace(share, unit='image') as pace:
-        images = self._images(params, stop)
+        digest = hashlib.sha256()
+        images = _hashed(self._images(params, stop), digest)
         found = self.evaluator.collect(images, first=first, advance=pace.update)
     except Stopped:
       return None
@@ -172,7 +181,11 @@ class Measurement:
       name=result_name(self.recipe, done, weights),
       found=self.evaluator.merge(parts),
       labels=self.labels,
-      images={**images, 'rows': self.rows},
+      images={
+        **images, 'rows': self.rows, 'shape': self.shape, 'stored': 'uint8',
+        # Of several hosts, nobody has seen the pixels of all.
+        **({'pixels_sha256': digest.hexdigest()} if hosts.count() == 1 else {}),
+      },
       values={'gmac_per_image': self.macs / 1e9},
     )
 

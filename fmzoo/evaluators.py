@@ -40,11 +40,12 @@ def expect_enough(count, source):
     )
 
 
-def make(recipe):
+def make(recipe, image_size):
   """Returns the evaluator that `eval.name` names.
 
   Args:
     recipe: build.Recipe.
+    image_size: [height, width] of the images that it will see.
 
   Raises:
     ValueError: one line, if it measures nothing or a file that it needs is not there.
@@ -52,7 +53,7 @@ def make(recipe):
   if recipe.eval.name == 'digits':
     return Digits()
   if recipe.eval.name == 'inception':
-    return Inception(recipe)
+    return Inception(recipe, image_size)
   raise ValueError(
     f"eval.name='{recipe.eval.name}' measures nothing; set --config.eval.name=inception, or digits"
     ' for 8x8 digits'
@@ -99,8 +100,8 @@ class Inception:
     batch_size: images at a time.
   """
 
-  def __init__(self, recipe, with_reference=True):
-    """Reads weights and, where something is compared with it, the reference."""
+  def __init__(self, recipe, image_size=None):
+    """Reads weights and, where images of some size are compared with it, the reference."""
     config = recipe.eval
     path = config.inception or os.path.join(sources.data_root(), official.FILE)
     self.params, network = official.load(path), inception.OFFICIAL
@@ -119,11 +120,8 @@ class Inception:
     )
     self.settings = {'name': 'inception', **self.network}
     self.radii = None  # of the reference's features, once they are needed
-    self.image_size = None  # (height, width) that is wanted, None where nobody knows
-    if with_reference:
-      self.reference_path = config.reference
-      self.reference = self._read(config.reference, activations.widths(network))
-      self.image_size = self.reference.protocol.get('image_size')
+    if image_size:
+      self.reference = self._read(config.reference, activations.widths(network), image_size)
       self.settings |= {
         'reference': self.reference.protocol, 'inception_score_split': inception_score.SPLIT,
         'neighbours': NEIGHBOURS, 'distances': config.distances,
@@ -143,21 +141,9 @@ class Inception:
     """
     params = jax.device_put(self.params, meshes.replicated(self.mesh))
     return activations.measure(
-      lambda images: self.program(params, images), self._fitting(batches),
-      batch_size=self.batch_size, first=first, every=every, advance=advance,
+      lambda images: self.program(params, images), batches, batch_size=self.batch_size,
+      first=first, every=every, advance=advance,
     )
-
-  def _fitting(self, batches):
-    """Yields batches, and refuses images of another size than those they are compared with."""
-    for images in batches:
-      size = list(images.shape[1:3])
-      if self.image_size not in (None, size):
-        raise ValueError(
-          f'images of {size[0]} x {size[1]} pixels do not compare with eval.reference='
-          f'{self.reference_path}, made of {self.image_size[0]} x {self.image_size[1]}; use images'
-          ' or a reference of the same size'
-        )
-      yield images
 
   def merge(self, parts):
     """Returns what `collect` would have, had one host had the images of all."""
@@ -200,8 +186,8 @@ class Inception:
       logging.warning(note)
     return values, notes
 
-  def _read(self, path, widths):
-    """Returns the reference with all that its images can give."""
+  def _read(self, path, widths, image_size):
+    """Returns the reference for images of a size, with all that its own images can give."""
     if not path:
       raise ValueError(
         "eval.reference='' names no statistics of real images to compare with;"
@@ -214,11 +200,16 @@ class Inception:
           f"eval.reference={path} was made with {key} '{known.protocol[key]}', this evaluation has"
           f" '{value}'; use the same or make the reference again"
         )
-    if not known.has_images:
-      return known
-    with picture_stream.open_images(path) as images:
-      known.protocol['image_size'] = list(images.shape[:2])
-    if not hosts.is_main():
+    if known.has_images:
+      with picture_stream.open_images(path) as images:
+        known.protocol['image_size'] = list(images.shape[:2])
+    if known.protocol.get('image_size', image_size) != image_size:
+      height, width = known.protocol['image_size']
+      raise ValueError(
+        f'images of {image_size[0]} x {image_size[1]} pixels do not compare with eval.reference='
+        f'{path}, made of {height} x {width}; use images or a reference of the same size'
+      )
+    if not known.has_images or not hosts.is_main():
       return known
     made = self._of_images(path, known.protocol['sha256'], widths)
     known.protocol['of_its_images'] = [

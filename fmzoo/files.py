@@ -46,3 +46,20 @@ def read_json(path):
     return json.loads(pathlib.Path(path).read_text())
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); remove it and run the command again') from error
+
+
+def expect_writable(name, path):
+  """Refuses a file or folder that cannot be made, before the work that would fill it.
+
+  Args:
+    name: key or flag, for the message.
+    path: what it was set to.
+
+  Raises:
+    ValueError: if its folder, or the first above it that is there, does not take files.
+  """
+  folder = pathlib.Path(path).absolute()
+  while not folder.is_dir() and folder != folder.parent:
+    folder = folder.parent
+  if not os.access(folder, os.W_OK):
+    raise ValueError(f'{name}={path} cannot be written: {folder} takes no files; choose another')

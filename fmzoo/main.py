@@ -97,7 +97,10 @@ def cli():
   try:
     return run(sys.argv)
   except KeyboardInterrupt:
-    print('stopped by Ctrl-C; the same command goes on', file=sys.stderr)
+    print(
+      'stopped by Ctrl-C; the same command goes on, or, what it only computes, begins again',
+      file=sys.stderr,
+    )
     return INTERRUPTED
   except (ValueError, OSError) as error:
     if isinstance(error, ValueError) and not command_line.raised_here(error):

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 from absl import logging
 
-from fmzoo import evaluators, picture_stream, pictures, sources, writer
+from fmzoo import evaluators, files, picture_stream, pictures, sources, writer
 from fmzoo.data import images
 from fmzoo.metrics import protocol, reference
 from fmzoo.parallel import hosts
@@ -24,9 +24,10 @@ def make_reference(recipe, path, source=None):
     ValueError: one line, if the file is there already or the source has no pictures.
   """
   reference.expect_absent(path)
+  files.expect_writable('--make_reference', path)
   if not hosts.is_main():
     return
-  evaluator = evaluators.Inception(recipe, with_reference=False)
+  evaluator = evaluators.Inception(recipe)
   if source is None:
     count, batches, about = _recipe_images(recipe, evaluator.batch_size)
   elif source.endswith('.npz'):

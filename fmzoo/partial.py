@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -14,7 +15,8 @@ import numpy as np
 from fmzoo import files, npz
 
 PLAN = 'plan.json'
-FREE = ('code', 'codes', 'rows')  # of a plan: may change when a job goes on
+# Of a plan or record: may change when a job goes on, or is known at its end.
+FREE = ('code', 'codes', 'rows', 'pixels_sha256')
 CHUNKS = '*[0-9]-*[0-9]'  # pattern of their names; no lock or temporary file has such a one
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)  # of some file systems
 
@@ -191,7 +193,10 @@ class Job:
         f'{self.folder}: {len(missing)} of {self.chunks} chunks are missing, first'
         f' {self._file(missing[0]).name}; run `sample` again, with all hosts on one file system'
       )
-    files.write_json(self.record, self._record())
+    digest = hashlib.sha256()  # of what the images are, by which they can be told from others
+    for chunk in range(self.chunks):
+      digest.update(self._file(chunk).read_bytes())
+    files.write_json(self.record, {**self._record(), 'pixels_sha256': digest.hexdigest()})
     name = 'arr_0' if self._dtype == np.uint8 else 'latents'
     images = (
       np.fromfile(self._file(chunk), self._dtype).reshape(self._shape(chunk))

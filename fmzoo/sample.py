@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import checkpoint, hashes, npz, partial, paths, pictures, sources, writer
+from fmzoo import checkpoint, files, hashes, npz, partial, paths, pictures, sources, writer
 from fmzoo import sampler as samplers
 from fmzoo.metrics import protocol as metrics_protocol
 from fmzoo.parallel import hosts
@@ -175,6 +175,7 @@ def sample(recipe, workdir, at_step=None):
     settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
   )
   rows = chunk_rows(recipe, settings.num_images)
+  files.expect_writable('--workdir', workdir)
   mesh = meshes.make(recipe.mesh)
   own = meshes.of_this_host(mesh, at_most=math.ceil(settings.num_images / rows))
   sampler = samplers.Sampler(recipe, own)
@@ -206,7 +207,7 @@ def sample(recipe, workdir, at_step=None):
 def _name(recipe, done):
   """Returns what the files of a sampling are called."""
   settings, vae = recipe.sample, recipe.data.vae
-  decoder = {'vae': vae} if vae else {}  # latents stay beside their images
+  decoder = {'vae': pathlib.Path(vae).name} if vae else {}  # latents stay beside their images
   chosen = describe(recipe, weights=settings.weights, labels=settings.labels, **decoder)
   return f'step={done}_n={settings.num_images}_{chosen}'
 

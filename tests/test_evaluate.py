@@ -23,7 +23,7 @@ from fmzoo import (
   train,
 )
 from fmzoo.convert import inception as official
-from fmzoo.metrics import activations
+from fmzoo.metrics import activations, protocol
 from fmzoo.models import inception
 from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
@@ -121,8 +121,8 @@ def test_checkpoint_and_the_file_of_its_samples_give_the_same_numbers(recipe, tm
   metrics, told = result(tmp_path / 'again')
   for name, value in values.items():
     np.testing.assert_allclose(value, generated[name], rtol=1e-9, atol=1e-9, err_msg=name)
-  assert {key: told['images'][key] for key in about['images']} == about['images']
-  assert told['metrics'] == about['metrics'] and 'pixels_sha256' in told['images']
+  assert protocol.differences(told, about) == []
+  assert told['images']['pixels_sha256'] == about['images']['pixels_sha256']
 
 
 def test_protocol_tells_all_that_one_needs_to_measure_it_again(recipe, tmp_path):
@@ -247,7 +247,7 @@ def test_statistics_of_adm_go_before_those_of_its_images(weights, tmp_path):
   np.savez(
     adm, arr_0=pictures.pixels(sklearn_digits()[:100]), mu=np.full(6, 3.0), sigma=spread @ spread.T
   )
-  known = evaluators.make(recipe_of(weights, eval__reference=str(adm))).reference
+  known = evaluators.make(recipe_of(weights, eval__reference=str(adm)), [8, 8]).reference
   np.testing.assert_array_equal(known.pool.mean, np.full(6, 3.0))
   assert known.features.shape == (100, 6) and known.spatial.mean.shape == (4,)
 
@@ -281,6 +281,15 @@ def test_the_record_of_other_images_is_refused(recipe, tmp_path):
     np.savez(path, arr_0=arrays['arr_0'][:6], labels=arrays['labels'][:6])
   with pytest.raises(ValueError, match='record of other images: num_images is 10 there and 6 in'):
     evaluate.evaluate(recipe, tmp_path / 'again', samples=path)
+
+
+def test_other_pixels_than_the_record_says_are_refused(recipe, tmp_path):
+  path = stored(recipe, tmp_path)
+  with np.load(path) as arrays:
+    np.savez(path, arr_0=255 - arrays['arr_0'], labels=arrays['labels'])
+  with pytest.raises(ValueError, match='holds other pixels than .*json says'):
+    evaluate.evaluate(recipe, tmp_path / 'again', samples=path)
+  assert not (tmp_path / 'again').exists()
 
 
 def test_a_foreign_file_of_that_name_is_no_record(recipe, tmp_path):
@@ -397,6 +406,14 @@ def test_training_looks_for_what_it_needs_before_it_begins(weights, tmp_path):
   with pytest.raises(ValueError, match="eval.reference=''"):
     train.train(recipe_of(weights, eval__reference=''), tmp_path / 'w')
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_reference_of_another_size_is_refused_before_training(recipe, tmp_path):
+  np.savez(tmp_path / 'large.npz', arr_0=np.zeros((5, 9, 9, 3), np.uint8))
+  other = recipe_of(tmp_path / 'inception.pth', eval__reference=str(tmp_path / 'large.npz'))
+  with pytest.raises(ValueError, match='8 x 8 pixels do not compare .* 9 x 9'):
+    train.train(other, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists() and not list(tmp_path.glob('large.*-*.npz'))
 
 
 def test_training_that_never_measures_needs_nothing(weights, tmp_path):

@@ -41,3 +41,11 @@ def test_values_come_back_and_damage_is_one_line(tmp_path):
   with pytest.raises(ValueError, match='x.json is damaged') as raised:
     files.read_json(path)
   assert '\n' not in str(raised.value)
+
+
+def test_a_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch):
+  files.expect_writable('--workdir', tmp_path / 'a' / 'b')
+  assert not (tmp_path / 'a').exists()
+  monkeypatch.setattr(files.os, 'access', lambda path, mode: False)
+  with pytest.raises(ValueError, match='--workdir=.*b cannot be written: .* takes no files'):
+    files.expect_writable('--workdir', tmp_path / 'a' / 'b')

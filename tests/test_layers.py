@@ -63,7 +63,8 @@ ALLOWED = {
   'fmzoo.sampler': ({'jax', 'numpy'}, {
     'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sources'}),
   'fmzoo.sample': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.checkpoint', 'fmzoo.hashes', 'fmzoo.metrics.protocol', 'fmzoo.npz', 'fmzoo.parallel',
+    'fmzoo.checkpoint', 'fmzoo.files', 'fmzoo.hashes', 'fmzoo.metrics.protocol', 'fmzoo.npz',
+    'fmzoo.parallel',
     'fmzoo.partial', 'fmzoo.paths', 'fmzoo.pictures', 'fmzoo.sampler', 'fmzoo.sources',
     'fmzoo.writer'}),
   'fmzoo.evaluators': ({'jax', 'numpy', 'absl'}, {
@@ -73,7 +74,7 @@ ALLOWED = {
     'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
     'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.writer'}),
   'fmzoo.make_reference': ({'numpy', 'absl'}, {
-    'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.metrics', 'fmzoo.parallel',
+    'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel',
     'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol',

@@ -92,6 +92,8 @@ CASES = {
   'unknown solver': ((RECIPE, '--config.sample.solver=rk9'), ('sample.solver', 'rk9', 'heun')),
   'recipe of two words': (('--config', 'configs/sit_digits.py', '--config.optim.lr=1'), ('lr',)),
   'checkpoint for train': ((RECIPE, '--step=3'), ('--step', 'train')),
+  'samples without a name': (
+    ('evaluate', '--workdir={workdir}', '--samples='), ('--samples=', 'empty')),
   'samples for sample': (('sample', '--workdir={workdir}', '--samples=x.npz'), ('--samples',)),
   'step and samples': (
     ('evaluate', '--workdir={workdir}', '--samples=x.npz', '--step=2'), ('--step', '--samples')),
@@ -260,7 +262,7 @@ def test_stopped_early_or_interrupted_is_told_by_the_exit_status(monkeypatch, ca
     monkeypatch.setattr(train, 'train', end)
     status, lines = call(monkeypatch, capsys, RECIPE, '--config.run.steps=3000')
     assert status == expected
-  assert lines == ['stopped by Ctrl-C; the same command goes on']
+  assert len(lines) == 1 and lines[0].startswith('stopped by Ctrl-C; the same command goes on')
 
 
 def test_stored_config_is_read_back(finished, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import shutil
 
@@ -16,6 +17,7 @@ PLAN = {
 }
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 2, 2, 1), np.uint8)
 LABELS = np.arange(11, dtype=np.int32)
+PIXELS = hashlib.sha256(IMAGES.tobytes()).hexdigest()
 
 
 def begun(tmp_path, rows=4, **changes):
@@ -51,7 +53,7 @@ def test_chunks_become_the_npz_and_its_record(tmp_path):
     np.testing.assert_array_equal(arrays['arr_0'], IMAGES)
     np.testing.assert_array_equal(arrays['labels'], LABELS)
   assert {path.name for path in tmp_path.iterdir()} == {job.path.name, job.record.name}
-  assert json.loads(job.record.read_text()) == PLAN | {'rows': 4}
+  assert json.loads(job.record.read_text()) == PLAN | {'rows': 4, 'pixels_sha256': PIXELS}
 
 
 def test_a_chunk_of_another_size_is_missing(tmp_path):
@@ -173,7 +175,7 @@ def test_a_version_of_the_code_that_made_nothing_is_forgotten(tmp_path, caplog):
   write_all(job)
   job.assemble(LABELS)
   record = json.loads(job.record.read_text())
-  assert record == PLAN | {'code': 'b', 'rows': 4} and not caplog.records
+  assert record == PLAN | {'code': 'b', 'rows': 4, 'pixels_sha256': PIXELS} and not caplog.records
 
 
 def test_the_whole_is_assembled_in_the_folder(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import fmzoo
 from fmzoo import files
 
 FULL = 50_000  # images of the field's FID; a distance of fewer or more is named after its number
+FILED = ('images.file', 'images.pixels_sha256')  # told where images were in a file, and of one host
 ABSENT = 'not told'  # in place of a value that one of two protocols does not have
 
 
@@ -72,6 +73,9 @@ def read_result(folder):
 def differences(first, second):
   """Returns [(dotted key, value, other value)] of what differs between two protocols, sorted."""
   first, second = _flat(first), _flat(second)
+  for key in FILED:
+    if not (key in first and key in second):
+      first.pop(key, None), second.pop(key, None)
   return [
     (key, first.get(key, ABSENT), second.get(key, ABSENT))
     for key in sorted(first.keys() | second.keys())

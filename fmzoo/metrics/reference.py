@@ -62,6 +62,8 @@ def read(path, widths):
     ValueError: one line, if the file is missing, damaged or of other sizes, or a number in it is
       not finite.
   """
+  if os.path.isfile(path) and not zipfile.is_zipfile(path):
+    raise ValueError(f'eval.reference={path} is no whole .npz; {REMEDY}')
   try:
     with np.load(path, allow_pickle=False) as arrays:
       stored = {name: arrays[name] for name in arrays.files if name not in ('arr_0', 'labels')}
