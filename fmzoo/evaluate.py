@@ -92,9 +92,12 @@ def record_of(path, about):
   """
   if not path.is_file():
     return {}
-  record = files.read_json(path)
+  try:
+    record = files.read_json(path)
+  except ValueError:
+    record = None
   if not isinstance(record, dict) or 'weights_sha256' not in record:
-    logging.info('%s is no record of images, it is left out', path)
+    logging.warning('%s is no record of images, it is left out', path)
     return {}
   for key in ('num_images', 'shape'):
     if record.get(key) != about[key]:
@@ -141,8 +144,8 @@ class Measurement:
         f' {hosts.count()} hosts; generate more, or lower sample.batch_size'
       )
     self.chunks = hosts.share(total)
-    self.own = meshes.of_this_host(mesh, at_most=mesh.size)
-    self.sampler = samplers.Sampler(recipe, self.own) if mesh.is_multi_process else sampler
+    self.own = meshes.of_this_host(mesh, at_most=len(self.chunks))
+    self.sampler = sampler if self.own == mesh else samplers.Sampler(recipe, self.own)
     self.macs = self.sampler.macs_per_image(params)
     protocol.code_version()  # now, and not hours later
 

@@ -1,7 +1,7 @@
 """Images to numbers and back to how they came about, with a stand-in for Inception."""
 
-import dataclasses
 import json
+import shutil
 import sys
 import threading
 
@@ -29,6 +29,8 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
+LOAD = official.load
+
 
 def standin(config):
   """An Inception of a few numbers: fixed random projections of 12 x 12 pixels."""
@@ -52,13 +54,16 @@ def use_standin(setattr=setattr):
   setattr(official, 'load', lambda path: {'scale': np.float32(1)})
 
 
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-  """The path of weights that load as those of the stand-in."""
-  use_standin(monkeypatch.setattr)
-  path = tmp_path / 'inception.pth'
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  """The path of weights that load as those of the stand-in, and beside it statistics of digits."""
+  path = tmp_path_factory.mktemp('weights') / 'inception.pth'
   path.write_bytes(b'weights')
-  return path
+  with pytest.MonkeyPatch.context() as patch:
+    use_standin(patch.setattr)
+    made = recipe_of(path)
+    make_reference.make_reference(made, made.eval.reference)
+    yield path
 
 
 def recipe_of(weights, **changes):
@@ -72,9 +77,21 @@ def recipe_of(weights, **changes):
 @pytest.fixture
 def recipe(weights):
   """A recipe on digits that is measured against all of them."""
-  made = recipe_of(weights)
-  make_reference.make_reference(made, made.eval.reference)
-  return made
+  return recipe_of(weights)
+
+
+@pytest.fixture(scope='module')
+def finished(weights, tmp_path_factory):
+  """The workdir of a run that was measured at its end."""
+  workdir = tmp_path_factory.mktemp('finished')
+  train.train(recipe_of(weights), workdir)
+  return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+  """A copy of it."""
+  return shutil.copytree(finished, tmp_path / 'run')
 
 
 def digits_npz(folder, count=200):
@@ -113,10 +130,10 @@ def test_other_images_are_further_away(recipe, tmp_path):
   assert far['fid-300'] > 10 * near['fid-300'] and far['precision'] < near['precision']
 
 
-def test_checkpoint_and_the_file_of_its_samples_give_the_same_numbers(recipe, tmp_path):
-  train.train(recipe, tmp_path)
-  generated, about = result(tmp_path)
-  path = sample.sample(recipe_of(tmp_path / 'inception.pth', sample__num_images=20), tmp_path)
+def test_checkpoint_and_the_file_of_its_samples_give_the_same_numbers(weights, run, tmp_path):
+  generated, about = result(run)
+  recipe = recipe_of(weights, sample__num_images=20)
+  path = sample.sample(recipe, run)
   values = evaluate.evaluate(recipe, tmp_path / 'again', samples=path)
   metrics, told = result(tmp_path / 'again')
   for name, value in values.items():
@@ -125,9 +142,8 @@ def test_checkpoint_and_the_file_of_its_samples_give_the_same_numbers(recipe, tm
   assert told['images']['pixels_sha256'] == about['images']['pixels_sha256']
 
 
-def test_protocol_tells_all_that_one_needs_to_measure_it_again(recipe, tmp_path):
-  train.train(recipe, tmp_path)
-  metrics, about = result(tmp_path)
+def test_protocol_tells_all_that_one_needs_to_measure_it_again(weights, recipe, finished):
+  metrics, about = result(finished)
   assert set(metrics) == {
     'fid-20', 'fid_error', 'sfid-20', 'sfid_error', 'inception_score', 'inception_score_std',
     'precision', 'recall', 'gmac_per_image',
@@ -135,13 +151,13 @@ def test_protocol_tells_all_that_one_needs_to_measure_it_again(recipe, tmp_path)
   images, settings = about['images'], about['metrics']
   assert images['num_images'] == 20 and images['step'] == 4 and images['weights'] == 'ema'
   assert len(images['weights_sha256']) == 64 and images['sampler']['num_steps'] == 4
-  assert settings['inception_sha256'] == hashes.file_sha256(tmp_path / 'inception.pth')
+  assert settings['inception_sha256'] == hashes.file_sha256(weights)
   assert settings['reference']['sha256'] == hashes.file_sha256(recipe.eval.reference)
   assert settings['reference']['num_images'] == 1797 and settings['resize'] == 'tf1'
   assert about['code']
 
 
-def test_training_goes_on_while_the_host_computes_its_numbers(recipe, tmp_path, monkeypatch):
+def test_training_goes_on_while_the_host_computes_its_numbers(weights, tmp_path, monkeypatch):
   """The report of step 2 waits for step 4: were it not in a thread, it would wait for ever."""
   reached, ordinary, saved = threading.Event(), evaluate.report, train.Hooks.__call__
 
@@ -156,12 +172,12 @@ def test_training_goes_on_while_the_host_computes_its_numbers(recipe, tmp_path, 
 
   monkeypatch.setattr(evaluate, 'report', report)
   monkeypatch.setattr(train.Hooks, '__call__', hooks)
-  train.train(recipe_of(tmp_path / 'inception.pth', eval__every_steps=2), tmp_path)
+  train.train(recipe_of(weights, eval__every_steps=2), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines if 'eval/fid-20' in line] == [2, 4]
 
 
-def test_sigterm_gives_an_evaluation_up_which_the_next_start_makes(recipe, tmp_path, monkeypatch):
+def test_sigterm_gives_an_evaluation_up_which_the_next_start_makes(weights, tmp_path, monkeypatch):
   """The step is saved before it is measured, so nothing is lost."""
   collect, preemptions, make = evaluators.Inception.collect, [], hosts.Preemption
 
@@ -177,23 +193,22 @@ def test_sigterm_gives_an_evaluation_up_which_the_next_start_makes(recipe, tmp_p
   settings = {'eval__every_steps': 2, 'log__checkpoint_every_steps': 0}
   with monkeypatch.context() as patch:
     patch.setattr(evaluators.Inception, 'collect', interrupted)
-    state = train.train(recipe_of(tmp_path / 'inception.pth', **settings), tmp_path)
+    state = train.train(recipe_of(weights, **settings), tmp_path)
   assert int(state.step) == 3 and not (tmp_path / 'evaluations').exists()
   assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} >= {'2', '3'}
-  train.train(recipe_of(tmp_path / 'inception.pth', **settings), tmp_path)
+  train.train(recipe_of(weights, **settings), tmp_path)
   assert [path.name[:6] for path in (tmp_path / 'evaluations').iterdir()] == ['step=4']
 
 
-def test_a_result_cut_short_by_a_kill_is_made_again(recipe, tmp_path):
-  train.train(recipe, tmp_path)
-  (folder,) = (tmp_path / 'evaluations').iterdir()
+def test_a_result_cut_short_by_a_kill_is_made_again(recipe, run):
+  (folder,) = (run / 'evaluations').iterdir()
   metrics = (folder / 'metrics.json').read_text()
   (folder / 'metrics.json').unlink()
-  train.train(recipe, tmp_path)
+  train.train(recipe, run)
   assert (folder / 'metrics.json').read_text() == metrics
 
 
-def test_numbers_under_way_are_kept_when_a_run_fails(recipe, tmp_path, monkeypatch):
+def test_numbers_under_way_are_kept_when_a_run_fails(weights, tmp_path, monkeypatch):
   def fail(self, done):
     assert done != 4, 'the log fails'
     log(self, done)
@@ -201,7 +216,7 @@ def test_numbers_under_way_are_kept_when_a_run_fails(recipe, tmp_path, monkeypat
   log = train.Hooks.log
   monkeypatch.setattr(train.Hooks, 'log', fail)
   with pytest.raises(AssertionError, match='the log fails'):
-    train.train(recipe_of(tmp_path / 'inception.pth', eval__every_steps=2), tmp_path)
+    train.train(recipe_of(weights, eval__every_steps=2), tmp_path)
   assert result(tmp_path)[1]['images']['step'] == 2
 
 
@@ -258,15 +273,10 @@ def test_few_images_are_told_aloud(recipe, tmp_path, caplog):
   assert text in caplog.text and text in ' '.join(result(tmp_path / 'w')[1]['notes'])
 
 
-def stored(recipe, workdir):
-  """Returns the `.npz` that `sample` makes of a trained run."""
-  train.train(dataclasses.replace(recipe, eval=tiny.recipe('fm').eval), workdir)
-  return sample.sample(recipe, workdir)
-
-
-def test_a_folder_of_pngs_has_the_record_of_its_images(recipe, tmp_path):
+def test_a_folder_of_pngs_has_the_record_of_its_images(weights, run, tmp_path):
   """Names with full stops, as those of options are, are neither cut nor mixed up."""
-  path = stored(recipe_of(tmp_path / 'inception.pth', sample__png_folder=True), tmp_path)
+  recipe = recipe_of(weights, sample__png_folder=True)
+  path = sample.sample(recipe, run)
   folder = path.with_name(path.name.removesuffix('.npz'))
   for samples in (folder, path):
     values = evaluate.evaluate(recipe, tmp_path / samples.suffix, samples=samples)
@@ -275,16 +285,16 @@ def test_a_folder_of_pngs_has_the_record_of_its_images(recipe, tmp_path):
     assert (tmp_path / samples.suffix / 'evaluations' / folder.name).is_dir()
 
 
-def test_the_record_of_other_images_is_refused(recipe, tmp_path):
-  path = stored(recipe, tmp_path)
+def test_the_record_of_other_images_is_refused(recipe, run, tmp_path):
+  path = sample.sample(recipe, run)
   with np.load(path) as arrays:
     np.savez(path, arr_0=arrays['arr_0'][:6], labels=arrays['labels'][:6])
   with pytest.raises(ValueError, match='record of other images: num_images is 10 there and 6 in'):
     evaluate.evaluate(recipe, tmp_path / 'again', samples=path)
 
 
-def test_other_pixels_than_the_record_says_are_refused(recipe, tmp_path):
-  path = stored(recipe, tmp_path)
+def test_other_pixels_than_the_record_says_are_refused(recipe, run, tmp_path):
+  path = sample.sample(recipe, run)
   with np.load(path) as arrays:
     np.savez(path, arr_0=255 - arrays['arr_0'], labels=arrays['labels'])
   with pytest.raises(ValueError, match='holds other pixels than .*json says'):
@@ -292,9 +302,10 @@ def test_other_pixels_than_the_record_says_are_refused(recipe, tmp_path):
   assert not (tmp_path / 'again').exists()
 
 
-def test_a_foreign_file_of_that_name_is_no_record(recipe, tmp_path):
+@pytest.mark.parametrize('text', ['["ab"]', 'notes of mine'])
+def test_a_foreign_file_of_that_name_is_no_record(recipe, tmp_path, text):
   path = digits_npz(tmp_path, 50)
-  path.with_suffix('.json').write_text('["ab"]')
+  path.with_suffix('.json').write_text(text)
   evaluate.evaluate(recipe, tmp_path / 'w', samples=path)
   assert set(result(tmp_path / 'w')[1]['images']) == {
     'file', 'num_images', 'shape', 'pixels_sha256'}
@@ -390,9 +401,9 @@ def test_bad_input_is_one_line(recipe, tmp_path, monkeypatch, capsys, arguments,
     'two': np.zeros((5, 8, 8, 2), np.uint8), 'large': np.zeros((5, 9, 9, 1), np.uint8),
   }.items():
     np.savez(tmp_path / f'{name}.npz', arr_0=array)
+  shutil.copy(recipe.eval.reference, tmp_path / 'digits.npz')
   if words[0] in ('none.pth', 'empty is no file'):
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(official, 'load', LOAD)
   before = sorted(tmp_path.rglob('*'))
   arguments = [argument.format(folder=tmp_path) for argument in arguments]
   status, _, lines = call(
@@ -408,9 +419,9 @@ def test_training_looks_for_what_it_needs_before_it_begins(weights, tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
-def test_a_reference_of_another_size_is_refused_before_training(recipe, tmp_path):
+def test_a_reference_of_another_size_is_refused_before_training(weights, tmp_path):
   np.savez(tmp_path / 'large.npz', arr_0=np.zeros((5, 9, 9, 3), np.uint8))
-  other = recipe_of(tmp_path / 'inception.pth', eval__reference=str(tmp_path / 'large.npz'))
+  other = recipe_of(weights, eval__reference=str(tmp_path / 'large.npz'))
   with pytest.raises(ValueError, match='8 x 8 pixels do not compare .* 9 x 9'):
     train.train(other, tmp_path / 'w')
   assert not (tmp_path / 'w').exists() and not list(tmp_path.glob('large.*-*.npz'))
