@@ -32,7 +32,10 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-LONGEST = ('test_step', 'test_resume', 'test_precision', 'test_bfm_golden', 'test_killed')  # files
+LONGEST = (  # files
+  'test_step', 'test_resume', 'test_bfm_golden', 'test_main', 'test_sample', 'test_killed',
+  'test_blockwise', 'test_prepare', 'test_precision', 'test_sources', 'test_train',
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -230,6 +230,7 @@ def test_two_hosts_write_and_measure_what_one_does(tmp_path, monkeypatch):
       eval__inception=str(tmp_path / 'weights'), eval__reference=str(tmp_path / 'digits.npz'),
     )
   make_reference.make_reference(recipe, recipe.eval.reference)
+  one = command(tmp_path / 'one')
   two = [
     subprocess.Popen(
       [sys.executable, '-c', HOST, str(port), str(index), str(tmp_path / 'two')], cwd=ROOT,
@@ -237,12 +238,11 @@ def test_two_hosts_write_and_measure_what_one_does(tmp_path, monkeypatch):
     ) for index in range(2)
   ]
   try:
-    told = [process.communicate(timeout=120)[1] for process in two]
+    told = [process.communicate(timeout=120)[1] for process in (one, *two)]
   finally:
-    for process in two:
+    for process in (one, *two):
       process.kill()
-  assert [process.returncode for process in two] == [0, 0], told
-  sample.sample(recipe, tmp_path / 'one')
+  assert [process.returncode for process in (one, *two)] == [0, 0, 0], told
   assert files(tmp_path / 'two') == files(tmp_path / 'one') != {}
   values = evaluate.evaluate(recipe, tmp_path / 'one')
   (result,) = (tmp_path / 'two' / 'evaluations').glob('*/metrics.json')

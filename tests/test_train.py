@@ -106,7 +106,9 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
 
 
 def test_train_sample_evaluate_leave_what_they_promise(tmp_path):
-  recipe = tiny.recipe('soflow', log__preview_every_steps=2, eval__name='digits')
+  recipe = tiny.recipe(
+    'soflow', log__preview_every_steps=2, eval__name='digits', eval__num_images=10
+  )
   train.train(recipe, tmp_path)
   assert (tmp_path / 'config.json').exists()
   assert list(tmp_path.glob('events.out.tfevents*'))
