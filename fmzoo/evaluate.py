@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from fmzoo import evaluators, files, picture_stream, pictures, sample, writer
+from fmzoo import evaluators, files, hashes, picture_stream, pictures, sample, writer
 from fmzoo import sampler as samplers
 from fmzoo.metrics import protocol
 from fmzoo.parallel import hosts
@@ -65,19 +65,12 @@ def evaluate_files(recipe, workdir, path):
     record = record_of(path.with_name(f'{name}.json'), about)
     evaluator = evaluators.make(recipe, list(images.shape[:2]))
     with writer.Pace(len(images), unit='image') as pace:
-      batches = _hashed(images.batches(evaluator.batch_size), digest)
+      batches = hashes.passing(images.batches(evaluator.batch_size), digest)
       found = evaluator.collect(batches, advance=pace.update)
     about['pixels_sha256'] = digest.hexdigest()
     if record.get('pixels_sha256', digest.hexdigest()) != digest.hexdigest():
       raise ValueError(f'{path} holds other pixels than {name}.json says; move one of them away')
     return report(workdir, evaluator, Collected(name, found, images.labels, record | about, {}))
-
-
-def _hashed(batches, digest):
-  """Yields batches, whose pixels are added to a hash on their way."""
-  for batch in batches:
-    digest.update(np.ascontiguousarray(batch))
-    yield batch
 
 
 def record_of(path, about):
@@ -169,7 +162,7 @@ class Measurement:
     try:
       with hosts.together('evaluation'), writer.Pace(share, unit='image') as pace:
         digest = hashlib.sha256()
-        images = _hashed(self._images(params, stop), digest)
+        images = hashes.passing(self._images(params, stop), digest)
         found = self.evaluator.collect(images, first=first, advance=pace.update)
     except Stopped:
       return None

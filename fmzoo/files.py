@@ -1,9 +1,16 @@
 """Files that are there complete or not at all."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 import pathlib
+
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)  # of some file systems
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -63,3 +70,34 @@ def expect_writable(name, path):
     folder = folder.parent
   if not os.access(folder, os.W_OK):
     raise ValueError(f'{name}={path} cannot be written: {folder} takes no files; choose another')
+
+
+@contextlib.contextmanager
+def locked(folder, process_index, command):
+  """Keeps others away from a host's share of a folder, where the file system can; else warns.
+
+  Args:
+    folder: made if missing.
+    process_index: of the host.
+    command: that works there, for the message.
+
+  Raises:
+    ValueError: if another process is at work there.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / f'lock-{process_index}', 'w', encoding='ascii') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f'{folder}: another `{command}` is at work there; wait for its end'
+      ) from error
+    except OSError as error:
+      if error.errno not in NO_LOCKS:
+        raise
+      _log.warning(
+        '%s: this file system has no locks (%s), so that nothing keeps another `%s` of the same'
+        ' away; start none', folder, error.strerror, command,
+      )
+    yield

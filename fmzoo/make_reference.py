@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 from absl import logging
 
-from fmzoo import evaluators, files, picture_stream, pictures, sources, writer
+from fmzoo import evaluators, files, hashes, picture_stream, pictures, sources, writer
 from fmzoo.data import images
 from fmzoo.metrics import protocol, reference
 from fmzoo.parallel import hosts
@@ -36,14 +36,10 @@ def make_reference(recipe, path, source=None):
     count, batches, about = _source_images(recipe, source, evaluator.batch_size)
   evaluators.expect_enough(count, f'--from={source}')
   digest = hashlib.sha256()
-
-  def hashed():
-    for batch in batches:
-      digest.update(np.ascontiguousarray(batch))
-      yield batch
-
   with writer.Pace(count, unit='image') as pace:
-    found = evaluator.collect(hashed(), every=reference.every(count), advance=pace.update)
+    found = evaluator.collect(
+      hashes.passing(batches, digest), every=reference.every(count), advance=pace.update
+    )
   about |= {
     'num_images': found.pool.count, 'pixels_sha256': digest.hexdigest(), **evaluator.network,
     'code': protocol.code_version(),
@@ -55,6 +51,7 @@ def make_reference(recipe, path, source=None):
 def _npz_images(path, size):
   """Returns (count, batches, protocol) of an `.npz`."""
   def batches():
+    """Yields the images."""
     with picture_stream.open_images(path) as opened:
       yield from opened.batches(size)
 
@@ -73,6 +70,7 @@ def _source_images(recipe, source, size):
   }
 
   def batches():
+    """Yields the pictures that can be read."""
     held = []
     for row in images.read_ahead(rows, range(len(rows)), data.num_threads):
       if isinstance(row, images.Unreadable):
@@ -101,6 +99,7 @@ def _recipe_images(recipe, size):
     )
 
   def batches():
+    """Yields the rows' pictures."""
     for start in range(0, len(rows), size):
       yield pictures.pixels(rows.batch(np.arange(start, min(start + size, len(rows))))[key])
 

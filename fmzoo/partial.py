@@ -1,8 +1,5 @@
 """Images in the making: chunks of them on disk, each whole or not at all, whoever made it."""
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +15,6 @@ PLAN = 'plan.json'
 # Of a plan or record: may change when a job goes on, or is known at its end.
 FREE = ('code', 'codes', 'rows', 'pixels_sha256')
 CHUNKS = '*[0-9]-*[0-9]'  # pattern of their names; no lock or temporary file has such a one
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)  # of some file systems
 
 _log = logging.getLogger(__name__)
 
@@ -115,29 +111,9 @@ class Job:
     codes = {} if self.codes == [self.plan['code']] else {'codes': self.codes}
     return self.plan | {'rows': self.rows} | codes
 
-  @contextlib.contextmanager
   def locked(self, process_index):
-    """Keeps others away from a host's share, where the file system can; elsewhere warns.
-
-    Raises:
-      ValueError: if another process is at work there.
-    """
-    self.folder.mkdir(parents=True, exist_ok=True)
-    with open(self.folder / f'lock-{process_index}', 'w', encoding='ascii') as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise ValueError(
-          f'{self.folder}: another `sample` is at work there; wait for its end'
-        ) from error
-      except OSError as error:
-        if error.errno not in NO_LOCKS:
-          raise
-        _log.warning(
-          '%s: this file system has no locks (%s), so that nothing keeps another `sample` of the'
-          ' same images away; start none', self.folder, error.strerror,
-        )
-      yield
+    """Keeps others away from a host's share, see files.locked."""
+    return files.locked(self.folder, process_index, 'sample')
 
   def size(self, chunk):
     """Returns how many images a chunk has."""

@@ -25,7 +25,7 @@ ALLOWED = {
     'fmzoo.methods.soflow_times'}),
   'fmzoo.data': (
     {'numpy', 'grain', 'array_record', 'sklearn', 'absl', 'tensorflow_datasets', 'google', 'PIL',
-     'h5py'}, {'fmzoo.data', 'fmzoo.paths'}),
+     'h5py'}, {'fmzoo.data', 'fmzoo.files', 'fmzoo.paths'}),
   'fmzoo.data.buckets': ({'tensorstore'}, {'fmzoo.paths'}),
   'fmzoo.data.prepare': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.data', 'fmzoo.inputs', 'fmzoo.paths', 'fmzoo.sources', 'fmzoo.writer',
@@ -71,11 +71,11 @@ ALLOWED = {
     'fmzoo.convert.inception', 'fmzoo.hashes', 'fmzoo.metrics', 'fmzoo.models.inception',
     'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.evaluate': ({'numpy', 'absl'}, {
-    'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel', 'fmzoo.picture_stream',
-    'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.writer'}),
+    'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.hashes', 'fmzoo.metrics', 'fmzoo.parallel',
+    'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.writer'}),
   'fmzoo.make_reference': ({'numpy', 'absl'}, {
-    'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.metrics', 'fmzoo.parallel',
-    'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
+    'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.hashes', 'fmzoo.metrics',
+    'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol',
     'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources',

@@ -8,7 +8,6 @@ not been.
 import functools
 import itertools
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 ENCODED_ROWS = 8  # images a device encodes at a time: at 256 x 256, 0.3 GB for each large array
-LOG_SECONDS = 30  # between lines of progress
 MOST_ROWS = 2048  # of a shard, unless one asks for more
 SHOWN = 5  # unreadable images that the last line names
 
@@ -64,12 +62,16 @@ def prepare(recipe, source, *, dtype='float16', shard_rows=None):
   )
   shard_rows = shard_rows or min(max(len(rows) // 16, 64), MOST_ROWS)
   job = _open_job(path, manifest, count=len(rows), rows_per_shard=shard_rows)
-  with shards.locked(path, jax.process_index()), Count(len(rows), job) as count:
-    for shard in job.left(jax.process_index(), jax.process_count()):
-      unreadable = []
-      readable = _readable(rows, job.rows(shard), data.num_threads, unreadable, count)
-      stored = _rows(readable, encoder, has_image)
-      job.write(shard, stored, unreadable)
+  if 0 < job.done() < len(rows):
+    logging.info('%d of %d images are in finished shards, it goes on', job.done(), len(rows))
+  with shards.locked(path, jax.process_index()):
+    left = job.left(jax.process_index(), jax.process_count())
+    with writer.Pace(sum(len(job.rows(shard)) for shard in left), unit='image') as pace:
+      for shard in left:
+        unreadable = []
+        readable = _readable(rows, job.rows(shard), data.num_threads, unreadable, pace)
+        stored = _rows(readable, encoder, has_image)
+        job.write(shard, stored, unreadable)
   hosts.barrier('prepare')
   manifest = _on_main(job.finish) or manifests.read(path)
   _report(path, manifest)
@@ -163,40 +165,7 @@ class Encoder:
     return self.run(self.params, padded)
 
 
-class Count:
-  """Images done, as a bar or as lines in the log."""
-
-  def __init__(self, total, job):
-    self.total, self.done, self.begun = total, job.done(), time.time()
-    self.first, self.told = self.done, self.begun
-    self.bar = writer.Progress(total, self.done, unit='image')
-    if 0 < self.done < total:
-      logging.info('%d of %d images are in finished shards, it goes on', self.done, total)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    self.bar.close()
-    seconds = time.time() - self.begun
-    if self.done > self.first:
-      rate = (self.done - self.first) / seconds
-      logging.info('%d images in %.0f s, %.1f images/s', self.done - self.first, seconds, rate)
-
-  def add(self):
-    """Counts one more."""
-    self.done += 1
-    self.bar.update(1)
-    if time.time() - self.told > LOG_SECONDS:
-      self.told = time.time()
-      rate = (self.done - self.first) / (self.told - self.begun)
-      share = (self.total - self.done) / jax.process_count()
-      logging.info(
-        '%d of %d images, %.1f images/s, %d s left', self.done, self.total, rate, share / rate
-      )
-
-
-def _readable(rows, indices, num_threads, unreadable, count):
+def _readable(rows, indices, num_threads, unreadable, pace):
   """Yields (name, row) of the images that can be read, in order; the names of others are kept."""
   for index, row in zip(indices, images.read_ahead(rows, indices, num_threads)):
     if isinstance(row, images.Unreadable):
@@ -204,7 +173,7 @@ def _readable(rows, indices, num_threads, unreadable, count):
       logging.warning('left out, it cannot be read: %s (%s)', row.name, row.reason)
     else:
       yield rows.name_of(index), row
-    count.add()
+    pace.update()
 
 
 def _rows(readable, encoder, has_image):

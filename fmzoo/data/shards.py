@@ -6,7 +6,6 @@ in any order, by any number of processes, and what was finished before a kill st
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import tempfile
 import numpy as np
 from array_record.python import array_record_module
 
-from fmzoo import paths
+from fmzoo import files, paths
 from fmzoo.data import latents, manifests
 
 RESULTS = ('count', 'shards', 'unreadable')  # fields of a manifest that are known at its end
@@ -99,23 +98,9 @@ def shard_name(index, count):
   return f'latents-{index:05d}-of-{count:05d}.array_record'
 
 
-@contextlib.contextmanager
 def locked(path, process_index):
-  """Keeps others away from a host's share of a `Job`, where the file system can.
-
-  Raises:
-    ValueError: if another process is at work there.
-  """
-  partial = pathlib.Path(path) / manifests.PARTIAL
-  partial.mkdir(parents=True, exist_ok=True)
-  with open(partial / f'lock-{process_index}', 'w', encoding='ascii') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ValueError(
-        f'{path}: another `prepare` is at work there; wait for its end or choose another folder'
-      ) from error
-    yield
+  """Keeps others away from a host's share of a `Job`, see files.locked."""
+  return files.locked(pathlib.Path(path) / manifests.PARTIAL, process_index, 'prepare')
 
 
 class Job:

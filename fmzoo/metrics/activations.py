@@ -42,6 +42,7 @@ def make_program(config, method, rows, whole):
   net = inception.make(config)
 
   def run(params, images):
+    """See make_program."""
     features = net.features(params, inception.inputs(images, method))
     probabilities = jax.nn.softmax(net.logits_without_bias(params, features.pool))
     return features.pool, features.spatial, probabilities

@@ -52,6 +52,7 @@ def radii(features, *, k=3, half=False, block=10_000):
   nearest = np.full((len(x), 2 * (k + 1)), np.inf, np.float32)  # found so far, and in a block
 
   def keep(start, found):
+    """Puts what a block found among the nearest of the rows from `start`."""
     rows = nearest[start : start + size]
     rows[:, k + 1 :] = np.asarray(found)[: len(rows)]
     rows.sort(axis=1)
