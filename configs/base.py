@@ -90,8 +90,10 @@ def get():
     'distances': 'float32',  # of precision and recall, or 'float16' as ADM's evaluator has them
   })
   config.mesh = ConfigDict({
-    'data': -1,  # devices along the data axis; -1 is all
-    'mode': 'jit',  # 'jit' or 'pmap'
+    'data': -1,  # devices along the data axis; -1 is all that the other axes leave
+    'fsdp': 1,  # devices that share parameters, optimiser state and EMA: less memory on each
+    'segment': 1,  # BFM: groups of devices, each with the velocity blocks of its own segments
+    'mode': 'jit',  # 'jit' or 'pmap' (one program per device, the axis 'data' alone)
   })
   config.log = ConfigDict({
     'log_every_steps': 100,

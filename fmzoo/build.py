@@ -202,8 +202,9 @@ def recipe(config):
     if not hasattr(config.get(name), 'items'):
       raise ValueError(f"section '{name}' is missing in this config; configs/base.py has them all")
   data, optim = _section(Data, config, 'data'), _section(Optim, config, 'optim')
-  run = _section(Run, config, 'run')
-  network, method = _network_and_method(config, data, run)
+  run, mesh = _section(Run, config, 'run'), _section(meshes.Config, config, 'mesh')
+  meshes.check(mesh)
+  network, method = _network_and_method(config, data, run, mesh)
   _check_data(config, data, method)
   options = _sample_options(config, method)
   return Recipe(
@@ -214,7 +215,7 @@ def recipe(config):
     sample=_section(Sample, config, 'sample', drop=options),
     sample_options=options,
     eval=_section(Eval, config, 'eval'),
-    mesh=_section(meshes.Config, config, 'mesh'),
+    mesh=mesh,
     log=_section(Log, config, 'log'),
     network=network,
     method=method,
@@ -266,7 +267,7 @@ def _check_value(dotted, value):
       raise ValueError(f'{dotted}={value} must be {expected}')
 
 
-def _network_and_method(config, data, run):
+def _network_and_method(config, data, run, mesh):
   """Returns the network's Config and the method around the network."""
   _check_names(config, run)
   model = importlib.import_module(f'fmzoo.models.{config.model.name}')
@@ -275,8 +276,21 @@ def _network_and_method(config, data, run):
   settings = _section(
     method.Config, config, 'method', drop=('name',), given={'total_steps': run.steps}
   )
-  net = model.make(network, data.latent_shape, data.num_classes)
+  groups = {'groups': mesh.segment} if _has_groups(config, mesh) else {}
+  net = model.make(network, data.latent_shape, data.num_classes, **groups)
   return network, method.make(settings, net, data.latent_shape, data.num_classes)
+
+
+def _has_groups(config, mesh):
+  """Says whether groups of devices have segments of their own; refuses those that cannot."""
+  segments = config.model.get('segments', 1)
+  if segments % mesh.segment:
+    divisors = [str(count) for count in range(1, segments + 1) if segments % count == 0]
+    raise ValueError(
+      f'mesh.segment={mesh.segment} groups of devices cannot share the {segments} segment(s) of'
+      f" this recipe's network evenly; use {' or '.join(divisors)}"
+    )
+  return mesh.segment > 1
 
 
 def _check_names(config, run):

@@ -47,7 +47,7 @@ def evaluate(recipe, workdir, at_step=None, samples=None):
   if samples is not None:
     return evaluate_files(recipe, workdir, samples) if hosts.is_main() else {}
   files.expect_writable('--workdir', workdir)
-  mesh = meshes.make(recipe.mesh)
+  mesh = meshes.flat(recipe.mesh)
   params, done = sample.load_params(recipe, mesh, workdir, at_step)
   measurement = Measurement(recipe, mesh, samplers.Sampler(recipe, mesh))
   collected = measurement.collect(params, done, weights=recipe.sample.weights)

@@ -105,7 +105,7 @@ class Inception:
     config = recipe.eval
     path = config.inception or os.path.join(sources.data_root(), official.FILE)
     self.params, network = official.load(path), inception.OFFICIAL
-    mesh = meshes.make(recipe.mesh)
+    mesh = meshes.flat(recipe.mesh)
     self.distances, self.mesh = config.distances, meshes.of_this_host(mesh, at_most=mesh.size)
     self.batch_size = -(-config.batch_size // self.mesh.size) * self.mesh.size
     weights = hashes.file_sha256(path)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmzoo import cost
+from fmzoo import cost, rows
 from fmzoo.methods import soflow, soflow_rows
 
 RATIOS = (0.1, 0.002, 0.0003125)  # r: first and last of the ImageNet recipe, last of CIFAR-10's
@@ -230,14 +230,14 @@ def random_params(method, seed=0):
 
 def trained(recipe, workdir):
   """Returns (parameters, batch) of a run: its newest checkpoint and the first rows of its data."""
-  from fmzoo import sample, sources, step  # with orbax and grain, which an accelerator may lack
+  from fmzoo import sample, sources  # with orbax and grain, which an accelerator may lack
   from fmzoo.parallel import mesh as meshes
 
-  params, _ = sample.load_params(recipe, meshes.make(recipe.mesh), workdir)
-  rows, size = sources.open_rows(recipe), recipe.data.batch_size
-  inputs, frozen = sources.inputs(recipe, rows, workdir)
-  keys = step.row_keys(jax.random.key(0), jnp.arange(size))
-  return params, inputs(frozen, rows.batch(np.arange(size)), keys)
+  params, _ = sample.load_params(recipe, meshes.flat(recipe.mesh), workdir)
+  source, size = sources.open_rows(recipe), recipe.data.batch_size
+  inputs, frozen = sources.inputs(recipe, source, workdir)
+  keys = rows.keys(jax.random.key(0), jnp.arange(size))
+  return params, inputs(frozen, source.batch(np.arange(size)), keys)
 
 
 def untrained(recipe):

@@ -14,7 +14,7 @@ from absl import logging
 from fmzoo import checkpoint, files, hashes, npz, partial, paths, pictures, sources, writer
 from fmzoo import sampler as samplers
 from fmzoo.metrics import protocol as metrics_protocol
-from fmzoo.parallel import hosts
+from fmzoo.parallel import hosts, rules
 from fmzoo.parallel import mesh as meshes
 
 NAME = 180  # longest description in a file name
@@ -176,7 +176,7 @@ def sample(recipe, workdir, at_step=None):
   )
   rows = chunk_rows(recipe, settings.num_images)
   files.expect_writable('--workdir', workdir)
-  mesh = meshes.make(recipe.mesh)
+  mesh = meshes.flat(recipe.mesh)
   own = meshes.of_this_host(mesh, at_most=math.ceil(settings.num_images / rows))
   sampler = samplers.Sampler(recipe, own)
   params, done = load_params(recipe, mesh, workdir, at_step)
@@ -285,18 +285,18 @@ def initial_params(recipe, mesh, identity):
 
   Args:
     recipe: build.Recipe.
-    mesh: devices that get a copy each.
+    mesh: that of the run, see parallel.rules.
     identity: what the run there must have in common with this one, build.stage_identity.
 
   Raises:
     ValueError: if run.init_from has no checkpoint, or one of another kind.
   """
-  fresh = jax.jit(recipe.method.init, out_shardings=meshes.replicated(mesh))(
-    jax.random.key(recipe.run.seed)
-  )
+  abstract = rules.abstract(jax.eval_shape(recipe.method.init, jax.random.key(0)), mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  fresh = jax.jit(recipe.method.init, out_shardings=shardings)(jax.random.key(recipe.run.seed))
   with open_stage(recipe, identity) as checkpoints:
     held = checkpoints.subtrees()
-    wanted = {k: v for k, v in abstract_params(recipe, mesh).items() if k in held}
+    wanted = {k: v for k, v in abstract.items() if k in held}
     params, done = checkpoints.restore_params(wanted, ema=True)
   logging.info('parameters from step %d of %s', done, recipe.run.init_from)
   return {**fresh, **params}

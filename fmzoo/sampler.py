@@ -32,7 +32,7 @@ class Decoder:
 
   def __init__(self, recipe, mesh):
     params = sources.load_vae(recipe.data)
-    rows, scale = PartitionSpec('data'), recipe.data.latent_scale
+    rows, scale = meshes.rows_spec(mesh), recipe.data.latent_scale
     decode = sources.autoencoder(recipe.data).decode
     self.params = jax.device_put({'decoder': params['decoder']}, meshes.replicated(mesh))
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmzoo import rows
+
 
 class TrainState(NamedTuple):
   """All that changes while training; saved and restored as a whole."""
@@ -52,31 +54,11 @@ def init_state(method, tx, rng, params=None):
   )
 
 
-def row_keys(rng, rows):
-  """Folds one key with global row indices [B], so that no layout changes a row's numbers."""
-  return jax.vmap(lambda row: jax.random.fold_in(rng, row))(rows)
-
-
-def micro_batches(batch, count, period):
-  """Splits rows [B, ...] into [count, B / count, ...] so that row mod period is kept.
-
-  Whole groups of `period` neighbours are dealt in turn: every micro-batch keeps the mix of
-  segments or losses of the batch, and on several devices no row has to move.
-  """
-
-  def split(rows):
-    """Deals one array."""
-    groups = rows.reshape(-1, count, period, *rows.shape[1:])
-    return jnp.moveaxis(groups, 1, 0).reshape(count, -1, *rows.shape[1:])
-
-  return jax.tree.map(split, batch)
-
-
-def _accumulated(value_and_grad, params, batch, rng, *, count, period):
+def _accumulated(value_and_grad, params, batch, rng, *, count, together):
   """Means of ((loss, metrics), gradient) over `count` micro-batches, one after the other."""
   if count == 1:
     return value_and_grad(params, batch, rng)
-  parts = micro_batches((batch, rng), count, period)
+  parts = rows.micro_batches((batch, rng), count, together)
   first = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda rows: rows[0], parts))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
@@ -119,8 +101,8 @@ def make(
     rng_inputs, rng_loss = jax.random.split(jax.random.fold_in(state.rng, state.step))
     size = jax.tree.leaves(batch)[0].shape[0]
     first_row = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
-    rows = first_row + jnp.arange(size)
-    batch = inputs(frozen, batch, row_keys(rng_inputs, rows))
+    indices = first_row + rows.order(size, method.period, method.groups)
+    batch = inputs(frozen, batch, rows.keys(rng_inputs, indices))
     params, fixed = partition(state.params, method.trainable(state.params))
 
     def loss_fn(params, batch, rng):
@@ -128,8 +110,9 @@ def make(
       return method.loss(merge(params, fixed), batch, rng, state.step)
 
     (loss, metrics), grads = _accumulated(
-      jax.value_and_grad(loss_fn, has_aux=True), params, batch, row_keys(rng_loss, rows),
-      count=accumulate_steps, period=method.period,
+      jax.value_and_grad(loss_fn, has_aux=True), params, batch,
+      rows.keys(rng_loss, indices),
+      count=accumulate_steps, together=method.period // method.groups,
     )
     if axis_name is not None:
       loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)

@@ -11,11 +11,12 @@ from absl import logging
 
 from fmzoo import build, files, pictures, sample, sources, step, writer
 from fmzoo import evaluate as evaluation
+from fmzoo import rows as row_order
 from fmzoo import sampler as samplers
 from fmzoo.data import pipeline
 from fmzoo.metrics import protocol
 from fmzoo.parallel import batch as batches
-from fmzoo.parallel import hosts
+from fmzoo.parallel import hosts, rules
 from fmzoo.parallel import mesh as meshes
 
 
@@ -53,8 +54,8 @@ def train(recipe, workdir):
       write_config(recipe, workdir)
     source = stack.enter_context(contextlib.closing(pipeline.batches(
       rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      num_threads=recipe.data.num_threads, num_workers=recipe.data.num_workers,
+      own=own_rows(recipe, mesh), num_threads=recipe.data.num_threads,
+      num_workers=recipe.data.num_workers,
     )))
     device_batches = batches.ahead(source, mesh, recipe.mesh.mode)
     hooks = stack.enter_context(Hooks(
@@ -89,17 +90,18 @@ def check_start(recipe, checkpoints):
 
 def compile_step(recipe, mesh, inputs, frozen, row):
   """Returns the compiled train step of a recipe, for batches of rows like `row`."""
+  state = abstract_state(recipe, mesh)
   train_step = meshes.compile_step(
     lambda axis_name: step.make(
       recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
       ema_every=recipe.ema.every_steps,
       accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
-    ), mesh, recipe.mesh.mode,
+    ), mesh, recipe.mesh.mode, state,
   )
   if recipe.mesh.mode == 'pmap' and jax.process_count() > 1:
     return train_step  # jax lowers it with arrays only, of each host's own rows
   batch = batches.abstract(row, recipe.data.batch_size, mesh, recipe.mesh.mode)
-  return meshes.compile_ahead(train_step, mesh, abstract_state(recipe, mesh), batch, frozen)
+  return meshes.compile_ahead(train_step, mesh, state, batch, frozen)
 
 
 def init_state(recipe, params=None):
@@ -108,11 +110,8 @@ def init_state(recipe, params=None):
 
 
 def abstract_state(recipe, mesh):
-  """Returns the shapes of a recipe's state, replicated over the mesh."""
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)),
-    jax.eval_shape(lambda: init_state(recipe)),
-  )
+  """Returns the shapes of a recipe's state, cut over the mesh by `parallel.rules`."""
+  return rules.abstract(jax.eval_shape(lambda: init_state(recipe)), mesh)
 
 
 def restore_or_init(recipe, mesh, checkpoints):
@@ -124,8 +123,15 @@ def restore_or_init(recipe, mesh, checkpoints):
   params = None
   if recipe.run.init_from:
     params = sample.initial_params(recipe, mesh, build.stage_identity(recipe))
-  init = jax.jit(lambda params: init_state(recipe, params), out_shardings=meshes.replicated(mesh))
-  return init(params), 0
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, mesh))
+  return jax.jit(lambda params: init_state(recipe, params), out_shardings=shardings)(params), 0
+
+
+def own_rows(recipe, mesh):
+  """Returns the indices in a global batch of this host's rows, place by place; None is all."""
+  size, method = recipe.data.batch_size, recipe.method
+  own = row_order.order(size, method.period, method.groups)[meshes.places(mesh, size)]
+  return None if np.array_equal(own, np.arange(size)) else own
 
 
 def evaluates(recipe):
@@ -242,9 +248,13 @@ class Hooks:
         ' lower optim.learning_rate or set optim.clip_norm, the last good checkpoint is kept'
       )
 
+  def weights(self, state):
+    """Returns the averaged weights, a whole copy on every device."""
+    return meshes.whole(step.ema_params(state), self.sampler.mesh)
+
   def preview(self, done, state):
     """Writes a grid of samples of the averaged weights, the same noise every time."""
-    images = self.sampler.preview(step.ema_params(state))
+    images = self.sampler.preview(self.weights(state))
     pictures.save_grid(self.picture(done), images, samplers.PREVIEW_COLUMNS)
     self.writer.images(done, {'samples': pictures.grid(images, samplers.PREVIEW_COLUMNS)})
     logging.info('preview: %s', self.picture(done))
@@ -256,7 +266,7 @@ class Hooks:
   def evaluate(self, done, state):
     """Measures the averaged weights; training waits for the devices' part of it alone."""
     collected = self.measurement.collect(
-      step.ema_params(state), done, weights='ema', stop=self.stop
+      self.weights(state), done, weights='ema', stop=self.stop
     )
     if collected is None:
       logging.warning('SIGTERM: the evaluation of step %d is given up', done)

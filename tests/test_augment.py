@@ -7,6 +7,7 @@ import pytest
 
 from fmzoo import augment, cost
 from fmzoo.parallel import mesh as meshes
+from tests import tiny
 
 SIDE = 16
 STEP_FLOPS = 174e12  # of a training step of SoFlow on CIFAR-10, 1024 pictures
@@ -162,7 +163,7 @@ def test_a_row_depends_on_its_key_and_picture_alone():
 
 
 def test_devices_change_nothing_and_exchange_nothing():
-  mesh = meshes.make(meshes.Config(data=8, mode='jit'))
+  mesh = tiny.mesh(8)
   rows = meshes.rows_sharded(mesh)
   keys, images = jax.random.split(jax.random.key(3), 8), pictures(8, side=8)
   compiled = jax.jit(drawn, in_shardings=rows, out_shardings=rows).lower(images, keys).compile()

@@ -8,6 +8,7 @@ import pytest
 
 from fmzoo import hashes
 from fmzoo.parallel import mesh as meshes
+from tests import tiny
 
 TREE = {'a': {'b': np.arange(6, dtype=np.float32).reshape(2, 3)}, 'c': np.array([1, 2], np.int32)}
 
@@ -21,7 +22,7 @@ def test_the_hash_is_of_names_dtypes_shapes_and_bytes():
 
 @pytest.mark.parametrize('devices', [1, 4])
 def test_the_hash_is_the_same_on_devices(devices):
-  mesh = meshes.make(meshes.Config(data=devices, mode='jit'))
+  mesh = tiny.mesh(devices)
   assert hashes.tree_sha256(jax.device_put(TREE, meshes.replicated(mesh))) == (
     hashes.tree_sha256(TREE)
   )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fmzoo import build, checkpoint, command_line, train
-from fmzoo.parallel import mesh as meshes
+from tests import tiny
 from tests.test_resume import arrays, losses
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def test_killed_process_goes_on_exactly(tmp_path):
   states = []
   for workdir in (whole, parts):
     recipe = build.recipe(_config_of(workdir))
-    mesh = meshes.make(meshes.Config(data=1, mode='jit'))
+    mesh = tiny.mesh(1)
     with checkpoint.Checkpoints(workdir / 'checkpoints', identity=recipe.identity) as checkpoints:
       states.append(arrays(train.restore_or_init(recipe, mesh, checkpoints)[0]))
   assert int(states[0].step) == 60

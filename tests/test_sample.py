@@ -25,7 +25,7 @@ def test_an_image_depends_on_its_index_and_not_on_the_batch(tmp_path):
   params = tiny.warm(tiny.init(recipe))
   images = []
   for devices, size in ((1, 7), (8, 16), (1, 30)):
-    mesh = meshes.make(meshes.Config(data=devices, mode='jit'))
+    mesh = tiny.mesh(devices)
     part = tiny.recipe('fm', sample__batch_size=size)
     images.append(samplers.Sampler(part, mesh)(params, np.arange(30, dtype=np.int32) % 10, 3))
   np.testing.assert_allclose(images[1], images[0], rtol=0, atol=1e-5)

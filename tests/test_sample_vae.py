@@ -140,7 +140,7 @@ def test_latents_are_decoded_a_few_at_a_time_on_every_device(folder, monkeypatch
   )
   for devices, rows in ((1, 3), (2, 3), (8, 2)):
     seen.clear()
-    decoder = samplers.Decoder(recipe, meshes.make(meshes.Config(data=devices, mode='jit')))
+    decoder = samplers.Decoder(recipe, tiny.mesh(devices))
     expect_equal(pictures.to_uint8(decoder(latent)), expected)
     assert set(seen) == {rows}
     assert set(decoder.params) == {'decoder'}, 'the encoder takes memory for nothing'

@@ -8,39 +8,44 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import inputs, step
+from fmzoo import inputs, rows, step
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import mesh as meshes
+from fmzoo.parallel import rules
 from tests import tiny
 
 # Of the U-Net: the quotient's rounding, 1 / r times that of an output, stays below the tolerances.
 SMALL = {'data__batch_size': 8, 'data__latent_size': 8, 'method__middle_final': 0.1}
 
 
-def run(method, devices, mode, steps=3, tx=None, accumulate=1):
+def run(method, devices, mode, steps=3, tx=None, accumulate=1, fsdp=1, segment=1):
   """Trains a few steps and returns (state, losses, gradient norms) on the host.
 
   With dropout and augmentation where the recipe has them.
   """
   small = SMALL if method == 'soflow_unet' else {}
-  recipe = tiny.recipe(method, run__steps=steps, **small)
+  recipe = tiny.recipe(method, run__steps=steps, mesh__segment=segment, **small)
   tx = tx or recipe.tx
-  mesh = meshes.make(meshes.Config(data=devices, mode=mode))
-  whole = meshes.replicated(mesh)
+  mesh = meshes.make(meshes.Config(data=devices, fsdp=fsdp, segment=segment, mode=mode))
   state = init_state(recipe, tx)
-  state = jax.device_put(state._replace(params=tiny.warm(state.params)), whole)
+  state = state._replace(params=tiny.warm(state.params))
+  shardings = rules.shardings(state, mesh)
+  state = jax.device_put(state, shardings)
   train_step = meshes.compile_step(
     lambda axis: step.make(
       recipe.method, tx, inputs.make(1.0, augment=recipe.data.augment), ema_decay=0.9,
       ema_every=recipe.ema.every_steps, accumulate_steps=accumulate, axis_name=axis,
-    ), mesh, mode,
+    ), mesh, mode, rules.abstract(state, mesh),
   )
   draw = functools.partial(tiny.pictures, side=8) if small else tiny.batch
-  rows = (draw(recipe.data.batch_size, seed=k) for k in range(steps))
+  size = recipe.data.batch_size
+  order = rows.order(size, recipe.method.period, recipe.method.groups)
+  given = (jax.tree.map(lambda a: a[order], draw(size, seed=k)) for k in range(steps))
   metrics = []
-  for batch in batches.ahead(rows, mesh, mode):
+  for batch in batches.ahead(given, mesh, mode):
     state, values = train_step(state, batch, ())
     metrics.append(jax.device_get(values))
+  assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings or mode == 'pmap'
   keys = ('loss', 'grad_norm')
   return jax.device_get(state._replace(rng=0)), [[float(m[k]) for k in keys] for m in metrics]
 
@@ -63,6 +68,24 @@ def test_layout_changes_nothing(reference, devices, mode):
   """SGD shows the scale of the gradient, which Adam would hide; the other layouts are below."""
   method, state, metrics = reference
   other, values = run(method, devices, mode, tx=optax.sgd(0.1))
+  np.testing.assert_allclose(values, metrics, rtol=1e-5)
+  for name, a, b in zip(('params', 'ema'), state[2:4], other[2:4]):
+    jax.tree.map(
+      lambda x, y, name=name: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name),
+      a, b,
+    )
+
+
+@pytest.mark.parametrize('reference,axes', [
+  ('fm', {'devices': 2, 'fsdp': 4}), ('soflow', {'devices': 1, 'fsdp': 8}),
+  ('bfm', {'devices': 1, 'fsdp': 2, 'segment': 3}), ('bfm', {'devices': 2, 'segment': 3}),
+  ('bfm', {'devices': 1, 'fsdp': 8}), ('bfm_frn', {'devices': 1, 'fsdp': 2, 'segment': 3}),
+], indirect=['reference'], ids=str)
+def test_cutting_the_state_changes_nothing(reference, axes, monkeypatch):
+  """So that tiny arrays are cut, too."""
+  monkeypatch.setattr(rules, 'SMALLEST', 2)
+  method, state, metrics = reference
+  other, values = run(method, mode='jit', tx=optax.sgd(0.1), **axes)
   np.testing.assert_allclose(values, metrics, rtol=1e-5)
   for name, a, b in zip(('params', 'ema'), state[2:4], other[2:4]):
     jax.tree.map(
@@ -148,8 +171,7 @@ def test_partition_and_merge_are_inverse():
 
 @pytest.mark.parametrize('period,count', [(1, 4), (3, 4), (6, 2)])
 def test_micro_batches_keep_the_place_of_a_row_in_its_group(period, count):
-  rows = np.arange(48)
-  parts = np.asarray(step.micro_batches(jnp.asarray(rows), count, period))
+  parts = np.asarray(rows.micro_batches(jnp.arange(48), count, period))
   assert parts.shape == (count, 48 // count)
   assert (parts % period == np.arange(48 // count) % period).all()
-  assert sorted(np.ravel(parts)) == list(rows)
+  assert sorted(np.ravel(parts)) == list(range(48))

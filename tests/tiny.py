@@ -16,6 +16,7 @@ from fmzoo import build
 from fmzoo.convert import inception as inception_weights
 from fmzoo.convert import names
 from fmzoo.models import blockwise, dinov2, inception, unet, vae
+from fmzoo.parallel import mesh as meshes
 from tests import golden_weights
 
 RECIPES = {
@@ -81,6 +82,11 @@ def config(method, **changes):
 def recipe(method, **changes):
   """Returns the Recipe of `config`."""
   return build.recipe(config(method, **changes))
+
+
+def mesh(data, fsdp=1, segment=1):
+  """Returns a mesh of simulated devices."""
+  return meshes.make(meshes.Config(data=data, fsdp=fsdp, segment=segment, mode='jit'))
 
 
 def init(recipe, seed=0):

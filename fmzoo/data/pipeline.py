@@ -4,7 +4,10 @@ The position is the step counter: what batch k holds is a function of the seed a
 iterator state is ever saved.
 """
 
+import sys
+
 import grain
+import numpy as np
 from absl import flags
 
 
@@ -14,8 +17,7 @@ def batches(
   batch_size,
   seed,
   start_step=0,
-  process_index=0,
-  process_count=1,
+  own=None,
   shuffle=True,
   num_threads=2,
   num_workers=0,
@@ -23,39 +25,39 @@ def batches(
   """Yields this process's rows of the global batches start_step, start_step + 1, ... without end.
 
   Global batch k is rows k B .. (k + 1) B - 1 of the epochs laid end to end, each with its own
-  order, the same for every number P of processes; process p holds its rows p B / P ..
-  (p + 1) B / P - 1 and reads no others.
+  order, the same for every number of processes; a process reads its own of them and no others.
 
   Args:
     source: rows by index: `len(source)`, `source.batch(indices [n])` -> {name: array [n, ...]}.
     batch_size: B, global.
     seed: of the order, 0 or more.
     start_step: k of the first batch.
-    process_index: p.
-    process_count: P; divides B.
+    own: indices [n] in a global batch of the rows of this process; None is all of them.
     shuffle: False keeps the source's order in every epoch.
     num_threads: that read ahead, in each worker; 0 reads in the caller's thread.
     num_workers: processes that read, batch by batch in turn; the source must be picklable. 0 reads
       in this one. Neither number changes a batch.
 
   Returns:
-    Iterator of {name: [B / P, ...]} with a `close()` that ends the reading threads and workers.
+    Iterator of {name: [n, ...]} with a `close()` that ends the reading threads and workers.
 
   Raises:
     ValueError: if there are no rows, or a number is out of range.
   """
   _check(
-    source, batch_size, process_index, process_count,
+    source, batch_size, own,
     {'run.seed': seed, 'start_step': start_step, 'data.num_threads': num_threads,
      'data.num_workers': num_workers},
   )
   indices = grain.MapDataset.range(len(source)).seed(seed)
   if shuffle:
     indices = indices.shuffle()
-  # Batches of B / P first and every P-th of them afterwards: so each process gets contiguous rows
-  # of a global batch, which is how a global array is cut over hosts. Slicing is lazy.
-  local = indices.repeat().batch(batch_size // process_count, drop_remainder=True)
-  local = local[process_index::process_count][start_step:].map(source.batch)
+  if own is None:
+    indices = indices.repeat()
+  else:
+    indices = Share(indices.repeat(), batch_size, own).indices()
+  local = indices.batch(batch_size if own is None else len(own), drop_remainder=True)
+  local = local[start_step:].map(source.batch)  # slicing is lazy
   # An element is a batch here, and grain's default would hold 500 of them in memory.
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
   rows = local.to_iter_dataset(options)
@@ -101,17 +103,37 @@ def check_fit(source, *, latent_shape, num_classes, latent_scale, feature_shape=
       )
 
 
-def _check(source, batch_size, process_index, process_count, not_negative):
+class Share:
+  """One process's rows of every global batch; at a module's top, for processes to pickle it.
+
+  Args:
+    rows: grain.MapDataset of the rows of all processes, without end.
+    batch_size: B.
+    own: indices [n] in a batch.
+  """
+
+  def __init__(self, rows, batch_size, own):
+    self.rows, self.batch_size, self.own = rows, batch_size, np.asarray(own)
+
+  def indices(self):
+    """Returns the grain.MapDataset of these rows."""
+    return grain.MapDataset.range(sys.maxsize // self.batch_size * len(self.own)).map(self.row)
+
+  def row(self, place):
+    """Returns the row at a place among those of this process."""
+    batch, place = divmod(place, len(self.own))
+    return self.rows[batch * self.batch_size + int(self.own[place])]
+
+
+def _check(source, batch_size, own, not_negative):
   """Raises ValueError for arguments of `batches` that make no sense."""
   if len(source) < 1:
     raise ValueError('the data set has no rows, at least 1 is needed; check data.name, data.path')
-  if not 0 <= process_index < process_count:
-    raise ValueError(f'process_index={process_index} must be from 0 to {process_count - 1}')
-  if batch_size < 1 or batch_size % process_count:
-    below = batch_size // process_count * process_count
-    sizes = f'{below} or {below + process_count}' if below > 0 else f'{process_count}'
+  if batch_size < 1:
+    raise ValueError(f'data.batch_size={batch_size} must be at least 1')
+  if own is not None and not (len(own) and min(own) >= 0 and max(own) < batch_size):
     raise ValueError(
-      f'data.batch_size={batch_size} cannot be split over {process_count} process(es); use {sizes}'
+      f'own={own}: rows of a global batch must be at least one, from 0 to {batch_size - 1}'
     )
   for key, value in not_negative.items():
     if value < 0:

@@ -18,4 +18,5 @@ class Method(NamedTuple):
   trainable: Callable  # (params) -> tree of bool; False means frozen
   inputs: tuple  # keys the batch must hold: 'latent', 'label', and for alignment 'feature'
   period: int  # a row's use depends on (row mod period): S segments, 1 in 4 rows, or 1
+  groups: int = 1  # of devices, each with its own segments; rows stand in `rows.order`
   grad_metrics: Callable = lambda grads: {}  # (tree, None where frozen) -> {name: []}, for the log

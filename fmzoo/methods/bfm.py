@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmzoo import rows as row_order
 from fmzoo import shapes
 from fmzoo.methods import base, bfm_sampler, flow
 
@@ -25,7 +26,7 @@ class Config:
 
 
 class Rows(NamedTuple):
-  """All that the loss needs to know about its rows; row i belongs to segment (first + i) mod S."""
+  """All that the loss needs to know about its rows; `segments_of` tells their segments."""
 
   x: jax.Array  # [B, H, W, C] data
   noise: jax.Array  # [B, H, W, C]
@@ -44,9 +45,9 @@ def first_segment(step, size, segments):
   return step * (size % segments) % segments if size % segments else 0
 
 
-def segments_of(first, size, segments):
-  """Returns the segments of a batch's rows, [B] int32."""
-  return (first + jnp.arange(size)) % segments
+def segments_of(first, size, segments, groups=1):
+  """Returns the segments of a batch's rows, (first + index) mod S at each place: [B] int32."""
+  return (first + jnp.asarray(row_order.order(size, segments, groups))) % segments
 
 
 def segment_times(rng, edges, segment):
@@ -55,7 +56,7 @@ def segment_times(rng, edges, segment):
   return end + flow.uniform(rng) * (start - end)
 
 
-def draw_rows(config, edges, num_classes, batch, *, rng, step):
+def draw_rows(config, edges, num_classes, batch, *, rng, step, groups=1):
   """Draws the random numbers of a batch: keys [B] -> Rows; `step` are finished steps."""
   rng_time, rng_noise, rng_drop = flow.split_rows(rng, 3)
   dropped = flow.draw_dropped(rng_drop, config.label_dropout)
@@ -65,7 +66,7 @@ def draw_rows(config, edges, num_classes, batch, *, rng, step):
     batch['latent'],
     flow.normal_like(rng_noise, batch['latent']),
     jnp.where(dropped, num_classes, batch['label']),
-    segment_times(rng_time, edges, segments_of(first, size, segments)),
+    segment_times(rng_time, edges, segments_of(first, size, segments, groups)),
     batch.get('feature'),
     first,
   )
@@ -105,13 +106,15 @@ def loss_of_rows(config, net, params, rows):
   return velocity_loss - config.alignment_weight * cosine, {
     'velocity/mse': velocity_loss,
     'alignment/cosine': cosine,
-    **segment_means(error, rows.first, net.segments),
+    **segment_means(error, rows.first, net),
   }
 
 
-def segment_means(error, first, segments):
+def segment_means(error, first, net):
   """Returns {'segment_<s>/mse': mean of the errors [B] of segment s's rows, nan without any}."""
-  own = jnp.arange(segments)[:, None] == segments_of(first, error.shape[0], segments)[None]
+  segments = net.segments
+  of_rows = segments_of(first, error.shape[0], segments, net.groups)
+  own = jnp.arange(segments)[:, None] == of_rows[None]
   sums = jnp.sum(jnp.where(own, error[None], 0.0), axis=1)
   means = sums / jnp.sum(own, axis=1)
   return {f'segment_{s}/mse': means[s] for s in range(segments)}
@@ -142,11 +145,14 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """See `loss_of_rows`; times, noise and dropped labels are drawn per row."""
-    rows = draw_rows(config, edges, num_classes, batch, rng=rng, step=step)
+    rows = draw_rows(
+      config, edges, num_classes, batch, rng=rng, step=step, groups=net.groups
+    )
     return loss_of_rows(config, net, params, rows)
 
   return base.Method(
     net.init, loss, bfm_sampler.make(config, net, latent_shape, num_classes),
     lambda params: jax.tree.map(lambda _: True, params),
-    ('latent', 'label', 'feature'), period=net.segments, grad_metrics=segment_gradient_norms,
+    ('latent', 'label', 'feature'), period=net.segments, groups=net.groups,
+    grad_metrics=segment_gradient_norms,
   )

@@ -36,7 +36,7 @@ def approximate(config, net, params, rows):
     (f_hat [B, N, D] with gradient to params['frn'] only, target [B, N, D]).
   """
   edges = jnp.asarray(bfm_sampler.segment_edges(net.segments, config.edges))
-  segment = bfm.segments_of(rows.first, rows.t.shape[0], net.segments)
+  segment = bfm.segments_of(rows.first, rows.t.shape[0], net.segments, net.groups)
   t_start, t_end = edges[segment], edges[segment + 1]
   frozen = jax.lax.stop_gradient({k: v for k, v in params.items() if k != 'frn'})
   times = jnp.concatenate([t_start, rows.t])
@@ -73,14 +73,16 @@ def make(config, net, latent_shape, num_classes):
 
   def loss(params, batch, rng, step):
     """Mean over rows, tokens and channels of (f_hat - target)^2, see `approximate`."""
-    rows = bfm.draw_rows(config, edges, num_classes, batch, rng=rng, step=step)
+    rows = bfm.draw_rows(
+      config, edges, num_classes, batch, rng=rng, step=step, groups=net.groups
+    )
     f_hat, target = approximate(config, net, params, rows)
     error = flow.row_mean((f_hat - target) ** 2)
     spread = jnp.mean((target - jnp.mean(target, axis=(0, 1), keepdims=True)) ** 2)
     mean = jnp.mean(error)
     return mean, {
       'feature/unexplained': mean / spread,
-      **bfm.segment_means(error, rows.first, net.segments),
+      **bfm.segment_means(error, rows.first, net),
     }
 
   def trainable(params):
@@ -91,5 +93,5 @@ def make(config, net, latent_shape, num_classes):
 
   return base.Method(
     net.init, loss, bfm_sampler.make(config, net, latent_shape, num_classes), trainable,
-    ('latent', 'label'), period=net.segments,
+    ('latent', 'label'), period=net.segments, groups=net.groups,
   )

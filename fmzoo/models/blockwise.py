@@ -52,13 +52,14 @@ class Blockwise(NamedTuple):
   """
 
   segments: int  # S
+  groups: int  # of devices, each with its own segments; rows stand in `rows.order`
   init: Callable  # (rng) -> params, float32
   condition: Callable  # (params, t [1 or like labels], labels) -> c
   features: Callable  # (params, x, c) -> f
   project: Callable  # (params, f) -> [R, N, F], what aligns with the frozen encoder
   residual: Callable  # (params, x, c) -> [R, N, D], what the FRN adds to a segment's first f
   velocity: Callable  # (params, x, c, f, segment []) -> [R, H, W, C]; one block, by lax.switch
-  velocity_by_row: Callable  # (params, x, c, f, first=0) -> like x; row i: segment first + i mod S
+  velocity_by_row: Callable  # (params, x, c, f, first=0) -> like x; segment: first + index mod S
 
 
 def _spread(per_condition, rows):
@@ -213,6 +214,7 @@ class _Network(NamedTuple):
   latent_shape: tuple  # (H, W, C)
   rotary: tuple  # layers.rotary_table
   parts: _Parts
+  groups: int  # see Blockwise
 
   def run(self, name, params, *args):
     """Calls a part with its subtree of the parameters."""
@@ -220,13 +222,14 @@ class _Network(NamedTuple):
       return getattr(self.parts, name).apply({'params': params[name]}, *args)
 
 
-def make(config, latent_shape, num_classes):
+def make(config, latent_shape, num_classes, groups=1):
   """Builds the pure functions of the blockwise network.
 
   Args:
     config: Config.
     latent_shape: (H, W, C); H = W, a multiple of the patch.
     num_classes: the label table has one more row, for the null label.
+    groups: of devices, a divisor of S; each has the velocity blocks of S / groups segments.
 
   Returns:
     Blockwise.
@@ -239,9 +242,9 @@ def make(config, latent_shape, num_classes):
     latent_shape[0] // config.patch, config.width // config.heads, config.rotary_theta
   )
   parts = _parts(config, latent_shape[-1], num_classes)
-  network = _Network(config, latent_shape, rotary, parts)
+  network = _Network(config, latent_shape, rotary, parts, groups)
   functions = (_init, _condition, _features, _project, _residual, _velocity, _velocity_by_row)
-  return Blockwise(config.segments, *(functools.partial(f, network) for f in functions))
+  return Blockwise(config.segments, groups, *(functools.partial(f, network) for f in functions))
 
 
 def _parts(config, channels, num_classes):
@@ -264,7 +267,7 @@ def _parts(config, channels, num_classes):
 
 def _init(network, rng):
   """Returns the parameters of all parts, {part: tree}."""
-  config, (height, width, channels), rotary, parts = network
+  config, (height, width, channels), rotary, parts, _ = network
   patches = jnp.zeros((1, height * width // config.patch**2, config.patch**2 * channels))
   c, f = jnp.zeros((1, config.width)), jnp.zeros((1, patches.shape[1], config.width))
   shared = jnp.zeros((1, 6 * config.width))
@@ -343,7 +346,7 @@ def _velocity(network, params, x, c, f, segment):
 
 
 def _velocity_by_row(network, params, x, c, f, first=0):
-  """The velocity where row i is of segment first + i mod S; no row passes another's blocks."""
+  """The velocity of every row by its own segment's blocks; no row passes another's."""
 
   def block(own, *args):
     """Runs the blocks of one segment on its group of rows."""
@@ -351,9 +354,9 @@ def _velocity_by_row(network, params, x, c, f, first=0):
 
   def stack(*args):
     """Runs every group through its own blocks."""
-    groups = (_group(array, first, network.config.segments) for array in args)
+    groups = (_group(network, array, first) for array in args)
     out = jax.vmap(block, in_axes=(1, 0, 0, 0, 0))(params['segments'], *groups)
-    return _ungroup(out, first, x.shape[0])
+    return _ungroup(network, out, first, x.shape[0])
 
   return _velocity_around(network, stack, params, x, c=c, f=f)
 
@@ -368,11 +371,12 @@ def _velocity_around(network, stack, params, x, *, c, f):
   return layers.unpatchify(out, network.config.patch, *network.latent_shape[:2])
 
 
-def _group(rows, first, segments):
-  """Sorts rows by segment: [B, ...] -> [S, G, ...]; row i goes to group first + i mod S.
+def _group(network, rows, first):
+  """Sorts rows by segment, first + index mod S: [B, ...] -> [S, G, ...].
 
   Where whole groups do not come out, row 0 fills the gaps. Rows stay on their device.
   """
+  segments, groups = network.config.segments, network.groups
   slots = -(-rows.shape[0] // segments)
   if not (isinstance(first, int) and first == 0):
     slots = -(-(rows.shape[0] + segments - 1) // segments)
@@ -380,12 +384,15 @@ def _group(rows, first, segments):
   if size != rows.shape[0]:
     gaps = jnp.broadcast_to(rows[:1], (size, *rows.shape[1:]))
     rows = jax.lax.dynamic_update_slice_in_dim(gaps, rows, first, axis=0)
-  return jnp.swapaxes(rows.reshape(slots, segments, *rows.shape[1:]), 0, 1)
+  rows = rows.reshape(groups, slots, segments // groups, *rows.shape[1:])
+  return jnp.swapaxes(rows, 1, 2).reshape(segments, slots, *rows.shape[3:])
 
 
-def _ungroup(groups, first, size):
+def _ungroup(network, sorted_rows, first, size):
   """Inverts `_group`: [S, G, ...] -> [B, ...]."""
-  rows = jnp.swapaxes(groups, 0, 1).reshape(-1, *groups.shape[2:])
+  slots, shape = sorted_rows.shape[1], sorted_rows.shape[2:]
+  rows = sorted_rows.reshape(network.groups, -1, slots, *shape)
+  rows = jnp.swapaxes(rows, 1, 2).reshape(-1, *shape)
   return jax.lax.dynamic_slice_in_dim(rows, first, size) if len(rows) != size else rows
 
 

@@ -20,7 +20,7 @@ def to_devices(batch, mesh, mode):
     Tree of jax arrays, cut over the first axis.
   """
   sharding = meshes.rows_sharded(mesh)
-  local_devices = mesh.size // jax.process_count()
+  local_devices = len(mesh.local_devices)
 
   def put(rows):
     """Sends one array on its way."""

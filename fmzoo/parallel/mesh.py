@@ -1,5 +1,6 @@
 """The device mesh, and the one place where a step is compiled over it."""
 
+import collections
 import dataclasses
 import os
 
@@ -10,32 +11,79 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fmzoo.parallel import hosts
 
 MODES = ('jit', 'pmap')
+AXES = ('segment', 'data', 'fsdp')  # from the outermost; devices of a host are neighbours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """How devices are used."""
 
-  data: int  # devices along the data axis; -1 takes all there are
+  data: int  # devices along the data axis; -1 takes all that the other axes leave
+  fsdp: int  # devices that share parameters, optimiser state and EMA
+  segment: int  # groups of devices, each with the velocity blocks of its own segments
   mode: str  # 'jit' (one global program) or 'pmap' (one program per device, lax.pmean)
 
 
-def make(config):
-  """Returns a Mesh with the axis 'data'.
+def make(config, devices=None):
+  """Returns a Mesh with the axes AXES; rows are cut over all of them.
+
+  Args:
+    config: Config.
+    devices: to use in place of those that jax has.
 
   Raises:
-    ValueError: if the mode is unknown or there are not enough devices.
+    ValueError: if the mode is unknown, or the devices are not enough or cannot be shared so.
   """
+  check(config)
+  devices = _neighbours(devices)
+  inner = config.fsdp * config.segment
+  data = max(len(devices) // inner, 1) if config.data == -1 else config.data
+  if config.data == -1 and len(devices) % inner:
+    raise ValueError(
+      f'mesh.fsdp={config.fsdp} times mesh.segment={config.segment} does not divide the'
+      f' {len(devices)} device(s) found; use divisors, or say in mesh.data how many to use'
+    )
+  size = data * inner
+  if size > len(devices):
+    raise ValueError(
+      f'mesh.data={config.data}, mesh.fsdp={config.fsdp} and mesh.segment={config.segment} ask for'
+      f' {size} devices, {len(devices)} found; use mesh.data=-1 or at most'
+      f' {len(devices) // inner or 1}, and other axes to match'
+    )
+  grid = np.array(devices[:size]).reshape(config.segment, data, config.fsdp)
+  return Mesh(grid, AXES)
+
+
+def check(config):
+  """Refuses a mode that is unknown or cannot have the axes asked for, and sizes below 1."""
   if config.mode not in MODES:
     raise ValueError(f"mesh.mode='{config.mode}' is unknown; use one of {', '.join(MODES)}")
-  devices = jax.devices()
-  size = len(devices) if config.data == -1 else config.data
-  if not 1 <= size <= len(devices):
-    raise ValueError(
-      f'mesh.data={config.data} devices asked for, {len(devices)} found; use -1 or at most'
-      f' {len(devices)}'
-    )
-  return Mesh(np.array(devices[:size]), ('data',))
+  for axis in AXES:
+    size = getattr(config, axis)
+    if size < 1 and (axis, size) != ('data', -1):
+      rest = ' or -1, all there are' if axis == 'data' else ''
+      raise ValueError(f'mesh.{axis}={size} must be at least 1{rest}')
+    if config.mode == 'pmap' and axis != 'data' and size > 1:
+      raise ValueError(f"mesh.{axis}={size} needs mesh.mode='jit', found 'pmap'; use that, or 1")
+
+
+def flat(config):
+  """Returns a Mesh of one axis, for work that only cuts rows: as many devices as `make` takes.
+
+  Where that is all of them, axes that do not fit them are no matter.
+
+  Raises:
+    ValueError: as `make`.
+  """
+  if config.data == -1:
+    config = dataclasses.replace(config, fsdp=1, segment=1)
+  return Mesh(make(config).devices.ravel(), ('data',))
+
+
+def _neighbours(devices):
+  """Returns devices so that those of a host follow each other, whatever their numbers."""
+  devices = jax.devices() if devices is None else devices
+  return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def local():
@@ -52,8 +100,8 @@ def of_this_host(mesh, at_most):
   devices = mesh.local_devices[:at_most]
   if not devices:
     raise ValueError(
-      f'mesh.data={mesh.size} leaves no device for host {jax.process_index()} of'
-      f' {jax.process_count()}; use -1'
+      f'a mesh of {mesh.size} devices leaves none for host {jax.process_index()} of'
+      f' {jax.process_count()}; use mesh.data=-1'
     )
   return Mesh(np.array(devices), ('data',))
 
@@ -79,57 +127,86 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
+def whole(tree, mesh):
+  """Returns a tree with a whole copy on every device; what is so already is not copied."""
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
 def rows_sharded(mesh):
   """Returns the sharding that cuts the first axis over the devices."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  return NamedSharding(mesh, rows_spec(mesh))
+
+
+def rows_spec(mesh):
+  """Returns the PartitionSpec that cuts the first axis over the devices."""
+  return PartitionSpec(mesh.axis_names)
+
+
+def places(mesh, batch_size):
+  """Returns the places of a global batch that this host's devices have, rising: numpy [n].
+
+  Raises:
+    ValueError: if hosts have unequal parts, for which there are no arrays.
+  """
+  cuts = rows_sharded(mesh).devices_indices_map((batch_size,))
+  counts = collections.Counter(device.process_index for device in cuts)
+  if len(set(counts.values())) > 1 or len(counts) < jax.process_count():
+    raise ValueError(
+      f'a mesh of {mesh.size} devices cannot be shared by {jax.process_count()} hosts evenly; use'
+      ' mesh.data=-1'
+    )
+  own = {device: cut for device, cut in cuts.items() if device.process_index == jax.process_index()}
+  return np.sort(np.concatenate([np.arange(batch_size)[cut] for (cut,) in own.values()]))
 
 
 def check_batch(batch_size, mesh, period, accumulate_steps=1):
   """Refuses a global batch that devices or micro-batches cannot share evenly.
 
   One device and one micro-batch take any size; otherwise every part must hold whole groups of
-  `period` rows.
+  `period` rows, which the groups of the axis 'segment' share.
 
   Raises:
     ValueError: names the nearest sizes that work.
   """
-  parts = mesh.size * accumulate_steps
+  parts = mesh.size // mesh.shape.get('segment', 1) * accumulate_steps
   if batch_size < 1:
     raise ValueError(f'data.batch_size={batch_size} must be at least 1')
-  if parts == 1 or batch_size % (parts * period) == 0:
+  if mesh.size * accumulate_steps == 1 or batch_size % (parts * period) == 0:
     return
   unit = parts * period
   below = batch_size // unit * unit
   sizes = f'{below} or {below + unit}' if below else f'{unit}'
   raise ValueError(
-    f'data.batch_size={batch_size} cannot be split over {mesh.size} device(s) of mesh.data,'
+    f'data.batch_size={batch_size} cannot be split over {mesh.size} device(s),'
     f' {accumulate_steps} micro-batch(es) of optim.accumulate_steps and groups of {period} rows;'
     f' use {sizes}'
   )
 
 
-def compile_step(make_step, mesh, mode):
+def compile_step(make_step, mesh, mode, state):
   """Compiles a train step over the mesh; the state is donated.
 
   Args:
     make_step: (axis_name or None) -> train_step(state, batch, frozen) -> (state, metrics).
     mesh: as `make` returns it.
     mode: 'jit' or 'pmap'.
+    state: shapes of the state with their shardings, as `rules.abstract` gives them.
 
   Returns:
-    train_step with the same arguments, for a state and frozen tree as `replicated` and a batch as
-    `parallel.batch` gives it in the same mode.
+    train_step with the same arguments, for a state that is sharded so, a frozen tree as
+    `replicated` and a batch as `parallel.batch` gives it in the same mode.
   """
   if mode == 'pmap':
     return jax.pmap(
       make_step('data'), axis_name='data', in_axes=(None, 0, None), out_axes=(None, None),
-      devices=list(mesh.devices), donate_argnums=0,
+      devices=list(mesh.devices.flat), donate_argnums=0,
     )
   whole, rows = replicated(mesh), rows_sharded(mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(
     make_step(None),
-    in_shardings=(whole, rows, whole),
-    out_shardings=(whole, whole),
+    in_shardings=(shardings, rows, whole),
+    out_shardings=(shardings, whole),
     donate_argnums=0,
   )
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from fmzoo.parallel import mesh as meshes
-
-CONFIG = meshes.Config(data=1, mode='jit')
+from tests import tiny
 
 
 def doubled(x):
@@ -16,7 +15,7 @@ def doubled(x):
 
 def test_what_fits_is_compiled():
   compiled = meshes.compile_ahead(
-    jax.jit(doubled), meshes.make(CONFIG), jax.ShapeDtypeStruct((4, 4), 'float32')
+    jax.jit(doubled), tiny.mesh(1), jax.ShapeDtypeStruct((4, 4), 'float32')
   )
   assert compiled(jnp.zeros((4, 4))).shape == (4, 4)
   with pytest.raises(TypeError):  # compiled once, for these shapes
@@ -28,13 +27,13 @@ def test_what_does_not_fit_is_refused(monkeypatch):
   monkeypatch.setattr(meshes, '_free_bytes', lambda mesh: 1_000_000)
   with pytest.raises(ValueError, match='a step needs .* has 0.0 GB free; use devices'):
     meshes.compile_ahead(
-      jax.jit(doubled), meshes.make(CONFIG), jax.ShapeDtypeStruct((400, 400), 'float32')
+      jax.jit(doubled), tiny.mesh(1), jax.ShapeDtypeStruct((400, 400), 'float32')
     )
 
 
 def test_simulated_devices_share_the_memory_of_the_machine():
   one, all_devices = (
-    meshes._free_bytes(meshes.make(meshes.Config(data=count, mode='jit'))) for count in (1, -1)
+    meshes._free_bytes(tiny.mesh(count)) for count in (1, -1)
   )
   assert 0 < all_devices < one
   assert abs(one / all_devices / jax.device_count() - 1) < 0.5  # others use the machine, too
@@ -42,7 +41,7 @@ def test_simulated_devices_share_the_memory_of_the_machine():
 
 @pytest.mark.parametrize('at_most,size', [(1, 1), (3, 3), (9, 4)])
 def test_trees_are_copied_to_some_devices_of_a_mesh(at_most, size):
-  mesh = meshes.make(meshes.Config(data=4, mode='jit'))
+  mesh = tiny.mesh(4)
   own = meshes.of_this_host(mesh, at_most)
   assert list(own.devices) == jax.devices()[:size]
   tree = jax.device_put({'x': np.arange(3.0)}, meshes.replicated(mesh))
