@@ -13,8 +13,10 @@ ALLOWED = {
   'fmzoo.paths': (set(), set()),
   'fmzoo.cost': ({'jax'}, set()),
   'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
+  'fmzoo.rows': ({'jax', 'numpy'}, set()),
   'fmzoo.methods.bfm': ({'jax'}, {
-    'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm_sampler'}),
+    'fmzoo.rows', 'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow',
+    'fmzoo.methods.bfm_sampler'}),
   'fmzoo.methods.bfm_frn': ({'jax'}, {
     'fmzoo.methods.base', 'fmzoo.methods.flow', 'fmzoo.methods.bfm', 'fmzoo.methods.bfm_sampler'}),
   'fmzoo.methods.soflow': ({'jax'}, {
@@ -50,9 +52,9 @@ ALLOWED = {
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),
   'fmzoo.augment': ({'jax', 'numpy'}, {'fmzoo.shapes'}),
   'fmzoo.precision': ({'jax', 'numpy'}, {
-    'fmzoo.build', 'fmzoo.cost', 'fmzoo.methods', 'fmzoo.parallel', 'fmzoo.sample',
-    'fmzoo.sources', 'fmzoo.step'}),
-  'fmzoo.step': ({'jax', 'optax'}, set()),
+    'fmzoo.build', 'fmzoo.cost', 'fmzoo.methods', 'fmzoo.parallel', 'fmzoo.rows', 'fmzoo.sample',
+    'fmzoo.sources'}),
+  'fmzoo.step': ({'jax', 'optax'}, {'fmzoo.rows'}),
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
     'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
@@ -78,8 +80,8 @@ ALLOWED = {
     'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol',
-    'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources',
-    'fmzoo.step', 'fmzoo.writer'}),
+    'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.rows', 'fmzoo.sample', 'fmzoo.sampler',
+    'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {

@@ -106,14 +106,13 @@ def loss_of_rows(config, net, params, rows):
   return velocity_loss - config.alignment_weight * cosine, {
     'velocity/mse': velocity_loss,
     'alignment/cosine': cosine,
-    **segment_means(error, rows.first, net),
+    **segment_means(error, rows.first, net.segments, net.groups),
   }
 
 
-def segment_means(error, first, net):
+def segment_means(error, first, segments, groups=1):
   """Returns {'segment_<s>/mse': mean of the errors [B] of segment s's rows, nan without any}."""
-  segments = net.segments
-  of_rows = segments_of(first, error.shape[0], segments, net.groups)
+  of_rows = segments_of(first, error.shape[0], segments, groups)
   own = jnp.arange(segments)[:, None] == of_rows[None]
   sums = jnp.sum(jnp.where(own, error[None], 0.0), axis=1)
   means = sums / jnp.sum(own, axis=1)

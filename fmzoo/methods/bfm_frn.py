@@ -82,7 +82,7 @@ def make(config, net, latent_shape, num_classes):
     mean = jnp.mean(error)
     return mean, {
       'feature/unexplained': mean / spread,
-      **bfm.segment_means(error, rows.first, net),
+      **bfm.segment_means(error, rows.first, net.segments, net.groups),
     }
 
   def trainable(params):

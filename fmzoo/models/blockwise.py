@@ -87,6 +87,7 @@ class JointLinear(nn.Module):
       'kernel', self.kernel_init, (split + b.shape[-1], self.width), jnp.float32
     )
     bias = self.param('bias', layers.zeros, (self.width,), jnp.float32)
+    kernel = layers.whole(kernel)
     a, b, kernel, bias = (array.astype(self.dtype) for array in (a, b, kernel, bias))
     per_condition = a @ kernel[:split] + bias[None]
     per_token = b.reshape(-1, b.shape[-1]) @ kernel[split:]

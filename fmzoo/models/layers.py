@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 NORM_EPS = 1e-6  # of every norm of both papers' networks
 FREQUENCIES = 256  # width of the sinusoidal time features, in both papers
@@ -171,6 +172,17 @@ def _matmul(x, kernel, dtype):
   return rows.reshape(*x.shape[:-1], -1)
 
 
+def whole(weight):
+  """Asks for the whole of a weight that devices share, rather than for parts of the product.
+
+  Left to itself XLA may keep the weight where it is and send every device's rows around.
+  """
+  mesh = jax.typeof(weight).sharding.mesh
+  if mesh.shape.get('fsdp', 1) == 1:
+    return weight
+  return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
+
+
 class Linear(nn.Module):
   """A linear layer, [R, ..., I] -> [R, ..., width]; without numerics as wide as its input."""
 
@@ -183,7 +195,7 @@ class Linear(nn.Module):
   def __call__(self, x):
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.width), jnp.float32)
     numerics = self.numerics or Numerics(str(jnp.promote_types(x.dtype, kernel.dtype)))
-    y = product(_matmul, x, kernel, numerics)
+    y = product(_matmul, x, whole(kernel), numerics)
     if not self.use_bias:
       return y
     bias = self.param('bias', zeros, (self.width,), jnp.float32)
