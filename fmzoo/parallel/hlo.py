@@ -171,16 +171,29 @@ def _counted(condition, body):
   counter, bound = test.operands
   index = _element(condition.computation, counter)
   update = _updated(body.computation, index)
+  start = _operand_of_tuple(condition.caller.computation, condition.loop.operands[0], index)
+  if update is None or start is None:
+    return None
+  first, last = constant(condition.caller, start), constant(condition, bound)
+  step = _step(body, update.name, index)
+  if first is None or last is None or not step or step < 0:
+    return None
+  return max(-(-(last - first) // step), 0)
+
+
+def _step(body, name, index):
+  """Returns what is added to an element of the parameter in all; None of others."""
+  if _element(body.computation, name) == index:
+    return 0
+  update = _source(body.computation, name)
   if update is None or update.opcode != 'add':
     return None
-  steps = [name for name in update.operands if _element(body.computation, name) != index]
-  start = _operand_of_tuple(condition.caller.computation, condition.loop.operands[0], index)
-  if len(steps) != 1 or start is None:
-    return None
-  values = (constant(condition.caller, start), constant(condition, bound), constant(body, steps[0]))
-  if None in values or values[2] < 1:
-    return None
-  return max(-(-(values[1] - values[0]) // values[2]), 0)
+  for before, added in (update.operands, update.operands[::-1]):
+    value = constant(body, added)
+    if value is not None:
+      step = _step(body, before, index)
+      return None if step is None else step + value
+  return None
 
 
 def constant(frame, name):
@@ -230,6 +243,8 @@ def _updated(body, index):
 
 def _operand_of_tuple(computation, name, index):
   """Returns the name of an element of a tuple that a computation makes."""
+  if index is None:
+    return None
   made = _source(computation, name)
   if made is None or made.opcode != 'tuple':
     return None
