@@ -322,6 +322,12 @@ def test_a_loop_that_does_not_count_by_constants_is_refused(changes):
     module.collectives(counted_loop(**changes))
 
 
+def test_a_loop_whose_line_says_how_often_it_runs_is_believed():
+  told = 'body=%body, backend_config={"known_init_step":{"init":"0"},"known_trip_count":{"n":"6"}}'
+  text = counted_loop(test='NE').replace('body=%body', told)
+  assert module.collectives(text) == [Collective('collective-permute', 4, 12, 480)]
+
+
 def test_the_condition_of_a_loop_runs_once_more_than_its_body():
   line = '  %four = u32[]{:T(128)} constant(4)'
   asked = '\n  %all = u32[] all-reduce(%four), replica_groups={}, to_apply=%add'
