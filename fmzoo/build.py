@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from fmzoo import optimizer, paths
 from fmzoo.methods import base, flow
@@ -224,6 +225,15 @@ def recipe(config):
     identity=_identity(config),
     config=config.to_dict(),
   )
+
+
+def changed(recipe_, changes):
+  """Returns a recipe with other values, {dotted key: value}, checked like any other."""
+  config = ConfigDict(recipe_.config)
+  for dotted, value in changes.items():
+    section, key = dotted.split('.')
+    config[section][key] = value
+  return recipe(config)
 
 
 def _section(cls, config, name, drop=(), given=()):

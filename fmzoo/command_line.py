@@ -18,6 +18,7 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'evaluate': ('step', 'samples', 'make_reference', 'from', 'compare'),
   'prepare': ('from', 'dtype', 'shard_rows'),
   'convert': ('step', 'weights', 'export'),
+  'plan': ('topology', 'mfu', 'json'),
   'bench': ('against', 'runs', 'precision', 'loader'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
@@ -48,6 +49,8 @@ commands
   evaluate   checkpoint, or --samples, to metrics and protocol.json; --make_reference; --compare
   prepare    pictures (--from) to latents in data.path, as the recipe needs them; again: goes on
   convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
+  plan       compiles training step and sampler for a TPU slice (--topology): memory, FLOPs,
+             traffic between chips; needs no TPU and no data
   bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
 
 flags
@@ -69,6 +72,11 @@ flags
              config.sample.weights, ema or params, chooses ema_model or model (convert)
   --export   .safetensors to write, or .pt where torch is installed, official names and layouts;
              config.sample.weights (convert)
+  --topology slice to plan for: v4, v5e, v5p or v6e and its shape, such as v5e:2x4 (default), or
+             cpu:8 for simulated devices (plan)
+  --mfu      share of the chips' peak at which plan tells the days of training, such as 0.4; it
+             is an assumption, so there is no default (plan)
+  --json     prints the plan as JSON in place of a table (plan)
   --against  recipe to compare with; its keys as --against.section.key=value (bench)
   --runs     timed runs of each, in turn; default 20 (bench)
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
@@ -121,7 +129,9 @@ def parse(argv):
   flags.DEFINE_integer('step', None, 'see USAGE', flag_values=values)
   flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)
   flags.DEFINE_integer('shard_rows', None, 'see USAGE', flag_values=values, lower_bound=1)
-  for name in ('precision', 'loader'):
+  flags.DEFINE_string('topology', 'v5e:2x4', 'see USAGE', flag_values=values)
+  flags.DEFINE_float('mfu', None, 'see USAGE', flag_values=values)
+  for name in ('precision', 'loader', 'json'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
   flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)

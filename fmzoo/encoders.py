@@ -102,7 +102,19 @@ def digits(workdir, source, num_classes, seed):
     temporary = path.with_suffix('.tmp.npz')
     np.savez(temporary, **traverse_util.flatten_dict(params, sep='/'))
     os.replace(temporary, path)
-  return lambda params, batch: digits_encoder.apply(params, batch['latent'])[0], params
+  return _encode_digits, params
+
+
+def abstract_digits(num_classes):
+  """Returns `digits` with shapes in place of its parameters."""
+  return _encode_digits, jax.eval_shape(
+    lambda: digits_encoder.init(jax.random.key(0), num_classes)
+  )
+
+
+def _encode_digits(params, batch):
+  """Returns features [B, 16, F] of a batch's 'latent' [B, 8, 8, 1]."""
+  return digits_encoder.apply(params, batch['latent'])[0]
 
 
 def dinov2(workdir, path, *, grid, width, dtype):
@@ -133,14 +145,37 @@ def dinov2(workdir, path, *, grid, width, dtype):
       f' set it to {config.width} or use weights of that width'
     )
   _expect_same(pathlib.Path(workdir) / 'encoder.json', path, params)
+  return _encode_dinov2(config, dtype)[1], params
+
+
+def abstract_dinov2(*, grid, width, dtype):
+  """Returns `dinov2` with shapes in place of its parameters.
+
+  Raises:
+    ValueError: if no network of the family has this width.
+  """
+  if width not in dinov2_model.SIZES:
+    sizes = ', '.join(map(str, dinov2_model.SIZES))
+    raise ValueError(f'model.feature_dim={width} is the width of no DINOv2; use one of {sizes}')
+  depth, heads = dinov2_model.SIZES[width]
+  net, encode = _encode_dinov2(dinov2_model.Config(
+    patch=dinov2_model.PATCH, width=width, depth=depth, heads=heads,
+    mlp_ratio=dinov2_model.MLP_RATIO, grid=tuple(grid), dtype=dtype, precision='default',
+  ), dtype)
+  return encode, jax.eval_shape(net.init, jax.random.key(0))
+
+
+def _encode_dinov2(config, dtype):
+  """Returns (network, encode) in a dtype."""
   precision = 'highest' if dtype == 'float32' else 'default'
   net = dinov2_model.make(dataclasses.replace(config, dtype=dtype, precision=precision))
 
   def encode(params, batch):
     """Returns the patch features of images."""
-    return net.features(params, dinov2_model.preprocess(batch['image'], grid[0] * config.patch))
+    side = config.grid[0] * config.patch
+    return net.features(params, dinov2_model.preprocess(batch['image'], side))
 
-  return encode, params
+  return net, encode
 
 
 def _expect_same(file, path, params):

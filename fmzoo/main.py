@@ -1,11 +1,13 @@
 """Flags to config to command; no logic."""
 
+import os
 import signal
 import sys
 
 from fmzoo import command_line
 
 STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended a command early, all of it saved
+DOES_NOT_FIT = 3  # exit status of a plan without a layout that fits
 INTERRUPTED = 128 + signal.SIGINT  # of Ctrl-C
 
 
@@ -15,6 +17,8 @@ def run(argv):
     print(command_line.USAGE)
     return 0
   command, config, workdir, values = command_line.parse(argv)
+  if command == 'plan':
+    _without_accelerators(values.topology)
   from fmzoo import build, writer  # after help and bad flags: jax takes its time
 
   writer.setup_logging()
@@ -72,6 +76,24 @@ def _convert(recipe, workdir, values):
   )
 
 
+def _plan(recipe, workdir, values):
+  """See plan.plan; the status says whether it fits."""
+  from fmzoo import plan
+
+  fits = plan.plan(recipe, values.topology, mfu=values.mfu, as_json=values.json)
+  return 0 if fits else DOES_NOT_FIT
+
+
+def _without_accelerators(topology):
+  """Has jax leave alone what this machine has; it must not have started yet."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # a slice that is planned is described nowhere
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # it only compiles
+  kind, _, count = topology.partition(':')
+  if kind == 'cpu' and count.isdecimal():
+    os.environ['JAX_NUM_CPU_DEVICES'] = count
+
+
 def _bench(recipe, workdir, values):
   """See bench.bench, bench_loader.bench and precision.report."""
   from fmzoo import bench, build, precision
@@ -88,7 +110,7 @@ def _bench(recipe, workdir, values):
 
 COMMANDS = {
   'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'prepare': _prepare,
-  'convert': _convert, 'bench': _bench,
+  'convert': _convert, 'plan': _plan, 'bench': _bench,
 }
 
 

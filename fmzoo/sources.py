@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import jax
 from absl import logging
 
 from fmzoo import encoders
@@ -132,6 +133,40 @@ def autoencoder(data):
   """Returns the pure functions of Stable Diffusion's VAE in `data.vae_dtype`."""
   precision = 'highest' if data.vae_dtype == 'float32' else 'default'
   return vae.make(dataclasses.replace(vae.SD_VAE, dtype=data.vae_dtype, precision=precision))
+
+
+def abstract_row(recipe):
+  """Returns the shapes of a row as `open_rows` would read it, {name: jax.ShapeDtypeStruct}.
+
+  Moments and features are taken to be stored in float16, as `prepare` writes them unless told.
+  """
+  data, (height, width, channels) = recipe.data, recipe.data.latent_shape
+  shapes = {
+    'digits': {'latent': (data.latent_shape, 'float32')},
+    'cifar10': {'pixels': (data.latent_shape, 'uint8')},
+    'latents': {
+      'moments': ((*((2,) if data.flip else ()), height, width, 2 * channels), 'float16')
+    },
+  }[data.name] | {'label': ((), 'int32')}
+  if data.name == 'latents' and is_aligned(recipe):
+    if data.encoder:
+      shapes['image'] = (image_size(data), image_size(data), 3), 'uint8'
+    else:
+      rows, columns = feature_grid(recipe)
+      shapes['feature'] = (rows * columns, recipe.network.feature_dim), 'float16'
+  return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def abstract_inputs(recipe):
+  """Returns what `inputs` does, with shapes in place of the frozen parameters; reads no file."""
+  data, encode, frozen = recipe.data, None, ()
+  if is_aligned(recipe) and data.name == 'digits':
+    encode, frozen = encoders.abstract_digits(data.num_classes)
+  elif is_aligned(recipe) and data.encoder:
+    encode, frozen = encoders.abstract_dinov2(
+      grid=feature_grid(recipe), width=recipe.network.feature_dim, dtype=recipe.network.dtype
+    )
+  return device_inputs.make(data.latent_scale, encode, data.augment, data.flip), frozen
 
 
 def inputs(recipe, rows, workdir):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import pathlib
 import time
 
@@ -92,16 +93,21 @@ def compile_step(recipe, mesh, inputs, frozen, row):
   """Returns the compiled train step of a recipe, for batches of rows like `row`."""
   state = abstract_state(recipe, mesh)
   train_step = meshes.compile_step(
-    lambda axis_name: step.make(
-      recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
-      ema_every=recipe.ema.every_steps,
-      accumulate_steps=recipe.optim.accumulate_steps, axis_name=axis_name,
-    ), mesh, recipe.mesh.mode, state,
+    functools.partial(make_step, recipe, inputs), mesh, recipe.mesh.mode, state
   )
   if recipe.mesh.mode == 'pmap' and jax.process_count() > 1:
     return train_step  # jax lowers it with arrays only, of each host's own rows
   batch = batches.abstract(row, recipe.data.batch_size, mesh, recipe.mesh.mode)
   return meshes.compile_ahead(train_step, mesh, state, batch, frozen)
+
+
+def make_step(recipe, inputs, axis_name=None):
+  """Returns the train step of a recipe, see step.make."""
+  return step.make(
+    recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
+    ema_every=recipe.ema.every_steps, accumulate_steps=recipe.optim.accumulate_steps,
+    axis_name=axis_name,
+  )
 
 
 def init_state(recipe, params=None):

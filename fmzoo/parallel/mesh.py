@@ -67,7 +67,7 @@ def check(config):
       raise ValueError(f"mesh.{axis}={size} needs mesh.mode='jit', found 'pmap'; use that, or 1")
 
 
-def flat(config):
+def flat(config, devices=None):
   """Returns a Mesh of one axis, for work that only cuts rows: as many devices as `make` takes.
 
   Where that is all of them, axes that do not fit them are no matter.
@@ -77,7 +77,7 @@ def flat(config):
   """
   if config.data == -1:
     config = dataclasses.replace(config, fsdp=1, segment=1)
-  return Mesh(make(config).devices.ravel(), ('data',))
+  return Mesh(make(config, devices).devices.ravel(), ('data',))
 
 
 def _neighbours(devices):
