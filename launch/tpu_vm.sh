@@ -4,6 +4,7 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/lib.sh
 source "$root/launch/lib.sh"
+NAME="${NAME:-}" ZONE="${ZONE:-}" ACCELERATOR="${ACCELERATOR:-}" VERSION="${VERSION:-}"
 
 usage() {
   cat <<'END'
@@ -62,9 +63,9 @@ queue() {
 }
 
 install() {
-  local archive="${TMPDIR:-/tmp}/fmzoo-$NAME.tgz"
+  local archive="${TMPDIR:-/tmp}/fmzoo-$NAME.tgz" line
   # The code of a running process must not change below it.
-  local line="if [ -e fmzoo/launch ]; then $(host idle); fi && "
+  line="if [ -e fmzoo/launch ]; then $(host idle); fi && "
   if [ -n "${REPOSITORY:-}" ]; then
     line+="git init --quiet fmzoo && git -C fmzoo fetch --depth=1 $(quoted "$REPOSITORY") HEAD"
     line+=' && git -C fmzoo checkout --quiet FETCH_HEAD'
