@@ -37,9 +37,7 @@ flags, or environment variables of the same names in capitals
 END
 }
 
-product() {  # topology: prints its number of chips
-  echo $((${1//x/*}))
-}
+product() { echo $((${1//x/*})); }  # topology: prints its number of chips
 
 items() {  # words: prints them as a YAML list of strings
   local word
@@ -149,11 +147,16 @@ check() {  # flags of this command have been parsed
   [ "$command" = image ] && need image && return
   need name
   match name '[a-z]([a-z0-9-]*[a-z0-9])?' bfm-xl
+  match namespace '[a-z0-9-]+' default
   match worker '[0-9]+' 0
   [ "$command" = apply ] || return 0
   need image accelerator topology
   match topology '[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?' 4x4
   match chips '[1-8]' 4
+  match image '[A-Za-z0-9./:@_-]+' us-docker.pkg.dev/my-project/fmzoo/fmzoo:1
+  match accelerator '[a-z0-9-]+' tpu-v5-lite-podslice
+  match claim '[a-z0-9.-]+' fmzoo-filestore
+  match service-account '[a-z0-9.-]+' fmzoo
   match bucket '[a-z0-9][a-z0-9._-]+' 'my-bucket, a name without gs://'
   match mount '/[A-Za-z0-9._/-]+' /mnt/fmzoo
   match restarts '[0-9]+' 100

@@ -102,7 +102,7 @@ resume() {  # arguments of fmzoo
       ACTIVE/READY | MISSING/READY) break ;;
       MISSING/MISSING) queue ;;
       MISSING/PREEMPTED | MISSING/TERMINATED) slice tpu-vm delete "$NAME" --quiet && queue ;;
-      SUSPENDED/* | FAILED/* | */PREEMPTED | */TERMINATED)
+      SUSPENDED/* | FAILED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
         slice queued-resources delete "$NAME" --force --quiet
         queue
         ;;
