@@ -40,11 +40,7 @@ END
 product() { echo $((${1//x/*})); }  # topology: prints its number of chips
 
 items() {  # words: prints them as a YAML list of strings
-  local word
-  for word in "$@"; do
-    word="${word//\\/\\\\}"
-    printf '              - "%s"\n' "${word//\"/\\\"}"
-  done
+  printf '%s\n' "$@" | sed 's/[\\"]/\\&/g; s/.*/              - "&"/'
 }
 
 shared_volume() {  # prints it: where workdir and data are, for all hosts
