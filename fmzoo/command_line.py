@@ -18,7 +18,7 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'evaluate': ('step', 'samples', 'make_reference', 'from', 'compare'),
   'prepare': ('from', 'dtype', 'shard_rows'),
   'convert': ('step', 'weights', 'export'),
-  'plan': ('topology', 'mfu', 'json'),
+  'plan': ('topology', 'mfu', 'json', 'sampler'),
   'bench': ('against', 'runs', 'precision', 'loader'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
@@ -76,6 +76,7 @@ flags
              cpu:8 for simulated devices (plan)
   --mfu      share of the chips' peak at which plan tells the days of training, such as 0.4; it
              is an assumption, so there is no default (plan)
+  --sampler  whether the sampler is compiled, too: --nosampler saves the time (plan)
   --json     prints the plan as JSON in place of a table (plan)
   --against  recipe to compare with; its keys as --against.section.key=value (bench)
   --runs     timed runs of each, in turn; default 20 (bench)
@@ -130,6 +131,7 @@ def parse(argv):
   flags.DEFINE_enum('dtype', 'float16', ('float16', 'float32'), 'see USAGE', flag_values=values)
   flags.DEFINE_integer('shard_rows', None, 'see USAGE', flag_values=values, lower_bound=1)
   flags.DEFINE_string('topology', 'v5e:2x4', 'see USAGE', flag_values=values)
+  flags.DEFINE_boolean('sampler', True, 'see USAGE', flag_values=values)
   flags.DEFINE_float('mfu', None, 'see USAGE', flag_values=values)
   for name in ('precision', 'loader', 'json'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)

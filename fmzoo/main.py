@@ -80,14 +80,18 @@ def _plan(recipe, workdir, values):
   """See plan.plan; the status says whether it fits."""
   from fmzoo import plan
 
-  fits = plan.plan(recipe, values.topology, mfu=values.mfu, as_json=values.json)
+  fits = plan.plan(
+    recipe, values.topology, mfu=values.mfu, as_json=values.json, with_sampler=values.sampler
+  )
   return 0 if fits else DOES_NOT_FIT
 
 
 def _without_accelerators(topology):
   """Has jax leave alone what this machine has; it must not have started yet."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # a slice that is planned is described nowhere
+  # A slice that is planned is described nowhere; libtpu complains unless it is told something.
+  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+                 'TPU_ACCELERATOR_TYPE': 'v5litepod-8'}
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # it only compiles
   kind, _, count = topology.partition(':')
   if kind == 'cpu' and count.isdecimal():

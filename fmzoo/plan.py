@@ -51,7 +51,7 @@ class Program:
     return None if self.available_bytes is None else self.needed_bytes <= self.available_bytes
 
 
-def plan(recipe, topology, *, mfu=None, as_json=False):
+def plan(recipe, topology, *, mfu=None, as_json=False, with_sampler=True):
   """Compiles the training step and the sampler of a recipe for a slice, and prints a table.
 
   Args:
@@ -60,6 +60,7 @@ def plan(recipe, topology, *, mfu=None, as_json=False):
     mfu: share of the chips' peak, 0 to 1, at which to say how long training takes; None says
       nothing, since no compiler knows it.
     as_json: prints JSON in place of the table.
+    with_sampler: whether the sampler is compiled, too.
 
   Returns:
     True if the training step fits in the memory, as configured or otherwise.
@@ -73,7 +74,7 @@ def plan(recipe, topology, *, mfu=None, as_json=False):
   chip = chips.CHIPS.get(topology.partition(':')[0])
   steps = list(_until_it_fits(recipe, devices, chip))
   last = steps[-1]
-  if last.fits is not False:
+  if last.fits is not False and with_sampler:
     chosen = build.changed(recipe, {**last.settings, 'mesh.data': last.mesh['data']})
     programs = [*steps, sampler(chosen, devices, chip)]
   else:
@@ -275,10 +276,10 @@ def table(recipe, about, programs):
     sizes = (program.state_bytes, program.work_bytes, program.needed_bytes)
     cells = [
       program.name, f'{program.rows}', mesh or 'one device', chosen,
-      *(f'{size / 1e9:.2f}' for size in sizes),
-      '' if program.available_bytes is None else f'{program.available_bytes / 1e9:.2f}',
+      *(f'{size / 1e9:.3g}' for size in sizes),
+      '' if program.available_bytes is None else f'{program.available_bytes / 1e9:.3g}',
       {True: 'yes', False: 'no', None: ''}[program.fits],
-      f'{program.flops / 1e12:.2f}', _sent(program.collectives),
+      f'{program.flops / 1e12:.3g}', _sent(program.collectives),
       f'{program.compile_seconds:.0f} s',
     ]
     lines.append(f'| {" | ".join(cells)} |')
@@ -301,7 +302,7 @@ def _advice(programs, about):
   lines, last = [], (others or [first])[-1]
   if first.fits is False:
     over = (first.needed_bytes - first.available_bytes) / 1e9
-    lines.append(f'As configured the training step lacks {over:.2f} GB on each device.')
+    lines.append(f'As configured the training step lacks {over:.3g} GB on each device.')
     if last.fits:
       flags = ' '.join(
         f'--config.{key}={value}' for key, value in last.settings.items()
@@ -316,7 +317,7 @@ def _advice(programs, about):
     lines.append('It fits as configured.')
   if about['days'] is not None:
     lines.append(
-      f"{about['steps']:,} steps take {about['days']:.1f} days if {about['mfu']:.0%} of the chips'"
+      f"{about['steps']:,} steps take {about['days']:.3g} days if {about['mfu']:.0%} of the chips'"
       ' peak is reached, which is an assumption and no measurement.'
     )
   return lines

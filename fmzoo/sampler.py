@@ -74,13 +74,17 @@ class Sampler:
     self.sample = functools.partial(recipe.method.sample, **recipe.sample_options)
 
     def run(params, seed, indices, labels):
-      """Both come whole, as several hosts can hand them over, and are cut over devices here."""
-      keys = image_keys(seed, indices)
-      return self.sample(params, *jax.lax.with_sharding_constraint((keys, labels), (rows, rows)))
+      """Makes the rows of one device: a program of its own, in which nothing is sent to others."""
+      return self.sample(params, image_keys(seed, indices), labels)
 
-    whole = meshes.replicated(mesh)
+    spec, whole = PartitionSpec(), meshes.replicated(mesh)
+    cut = meshes.rows_spec(mesh)
+    # Indices and labels come whole, as several hosts can hand them over, and are cut over devices.
     self.run = jax.jit(
-      run, in_shardings=(whole, None, whole, whole),
+      jax.shard_map(
+        run, mesh=mesh, in_specs=(spec, spec, cut, cut), out_specs=cut, check_vma=False
+      ),
+      in_shardings=(whole, None, whole, whole),
       out_shardings=_fetched(mesh) if self.decode is None else rows,
     )
 

@@ -10,7 +10,7 @@ KINDS = (
   'collective-broadcast',
 )
 _GROUPS = re.compile(
-  r"\breplica_groups=(?:(\{\})|\{(\{[^=]*?\})\}|\[\d+,(\d+)\]<=|mesh\[([^\]]*)\] ?\{([^}]*)\})"
+  r"\breplica_groups=(?:(\{\})|\{(\{[^=]*?\})\}|\[\d+,(\d+)\]<=|mesh\[([^\]]*)\][^{]*\{([^}]*)\})"
 )
 _PAIRS = re.compile(r'\bsource_target_pairs=\{(.*?)\}\}')
 

@@ -165,6 +165,7 @@ def test_parameters_that_are_cut_are_gathered_twice_and_their_gradients_summed_o
   ('{}', 8), ('{{0,1},{2,3},{4,5},{6,7}}', 2), ('{{0,2,4,6},{1,3,5,7}}', 4), ('[4,2]<=[8]', 2),
   ('[2,4]<=[4,2]T(1,0)', 4), ("mesh['segment'=4,'data'=2] {'data'}", 2),
   ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", 4), ("mesh['a'=8] {'a':(2)4}", 4),
+  ("mesh['a'=4,'b'=1,'c'=2], device_ids=([4,2]T(1,0)) {'a'}", 4),
 ])
 def test_groups_are_read_however_they_are_written(groups, size):
   text = f"""HloModule jit_f, num_partitions=8

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Compiles the XL recipes for TPU slices of every generation and writes docs/plans.md: an hour or
+# more on two cores. Needs libtpu (pip install -e '.[tpu]'), no TPU.
+#   bash launch/plans.sh
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+plan() {  # recipe, slice, flags
+  local config="$1" topology="$2"
+  shift 2
+  printf '\n## `%s` on `%s`\n\n```bash\nfmzoo plan --config=%s --topology=%s%s\n```\n\n' \
+    "$config" "$topology" "$config" "$topology" "${*:+ $*}"
+  python -m fmzoo.main plan "--config=$config" "--topology=$topology" "$@"
+}
+
+{
+  cat <<'END'
+# What the XL recipes take on slices of TPUs
+
+Compiled ahead of time by the TPU's compiler on a machine without one: nothing here has run on a
+TPU. Bytes and FLOPs are of one device and one call, GB = 1e9 bytes. `available` is what the
+compiler leaves to a program. Traffic is that of the compiled program, as
+`fmzoo/parallel/collectives.py` defines its bytes. Written by `bash launch/plans.sh`.
+END
+  plan configs/bfm_xl.py v5e:2x4 --config.data.batch_size=240
+  for topology in v4:2x2x4 v5p:2x2x2 v6e:2x4 v5e:16x16; do
+    plan configs/bfm_xl.py "$topology" --nosampler
+  done
+  plan configs/bfm_xl.py v5e:4x6 --config.data.batch_size=1440 --config.mesh.segment=6 --nosampler
+  plan configs/bfm_xl.py v6e:2x4 --config.mesh.segment=2 --nosampler
+  plan configs/soflow.py:xl2 v5e:2x4
+  for topology in v4:2x2x4 v5p:2x2x2 v6e:2x4 v5e:16x16; do
+    plan configs/soflow.py:xl2 "$topology" --nosampler
+  done
+} > docs/plans.md.new
+mv docs/plans.md.new docs/plans.md

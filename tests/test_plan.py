@@ -1,0 +1,145 @@
+"""A plan's figures against arithmetic and real rows; what it advises where memory is short."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fmzoo import plan, sources, train
+from fmzoo.parallel import batch as batches
+from fmzoo.parallel import chips, rules
+from fmzoo.parallel import mesh as meshes
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def memory(monkeypatch):
+  """Gives simulated devices some memory, and has 'fsdp' cut tiny arrays, too."""
+  monkeypatch.setattr(rules, 'SMALLEST', 2)
+
+  def give(num_bytes):
+    chip = chips.CHIPS['v5e']._replace(usable_bytes=num_bytes)
+    monkeypatch.setitem(chips.CHIPS, 'cpu', chip)
+
+  return give
+
+
+def shapes(row):
+  return {name: (tuple(a.shape), np.dtype(a.dtype)) for name, a in row.items()}
+
+
+def expect_planned_shapes(recipe):
+  row = {name: a[0] for name, a in sources.open_rows(recipe).batch(np.arange(1)).items()}
+  assert shapes(sources.abstract_row(recipe)) == shapes(row)
+
+
+@pytest.mark.parametrize('method', ['fm', 'bfm'])
+def test_rows_of_digits_have_the_planned_shapes(method):
+  expect_planned_shapes(tiny.recipe(method))
+
+
+def test_rows_of_pictures_have_the_planned_shapes(cifar10_data):
+  expect_planned_shapes(tiny.recipe('soflow_unet'))
+
+
+def test_state_is_counted_to_the_byte(memory):
+  """By the compiler, all that the step is given is the state and its rows."""
+  recipe = tiny.recipe('fm', mesh__fsdp=4, data__batch_size=8)
+  mesh = meshes.make(recipe.mesh)
+  inputs, _ = sources.abstract_inputs(recipe)
+  state = train.abstract_state(recipe, mesh)
+  batch = batches.abstract(sources.abstract_row(recipe), 8, mesh, 'jit')
+  step = meshes.compile_step(lambda _: train.make_step(recipe, inputs), mesh, 'jit', state)
+  given = step.lower(state, batch, ()).compile().memory_analysis().argument_size_in_bytes
+  assert given == plan.bytes_of(state) + 8 // 8 * (8 * 8 * 4 + 4)
+  whole = plan.bytes_of(train.abstract_state(recipe, tiny.mesh(1)))
+  assert whole / 4 <= plan.bytes_of(state) < whole / 3
+
+
+def test_what_fits_is_not_changed(memory, capsys):
+  memory(2**34)
+  assert plan.plan(tiny.recipe('fm'), 'cpu:2', mfu=0.5)
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(' | ')[0] for line in lines[4:6]] == ['| training step', '| sampler']
+  assert 'It fits as configured.' in lines
+  assert 'days if 50% of' in lines[-1]
+
+
+def test_a_mesh_is_found_where_memory_is_short(memory, capsys):
+  """Between what one device of eight needs and what it needs where the state is cut."""
+  recipe = tiny.recipe('fm', data__batch_size=8)
+  as_it_is = plan.training_step(recipe, jax.devices(), None)
+  cut = plan.build.changed(recipe, {'mesh.fsdp': 8})
+  assert plan.training_step(cut, jax.devices(), None).state_bytes < as_it_is.state_bytes / 4
+  memory(as_it_is.needed_bytes - as_it_is.state_bytes // 4)
+  assert plan.plan(recipe, 'cpu:8', as_json=True)
+  found = json.loads(capsys.readouterr().out)
+  first, *others, sampler = found['programs']
+  assert (first['fits'], others[-1]['fits'], sampler['name']) == (False, True, 'sampler')
+  assert others[-1]['mesh']['fsdp'] > 1 and math.prod(others[-1]['mesh'].values()) == 8
+  kinds = {row[0] for row in others[-1]['collectives']}
+  assert 'all-gather' in kinds and [row[0] for row in first['collectives']] == ['all-reduce']
+
+
+def test_where_nothing_fits_it_says_so(memory, capsys):
+  memory(1000)
+  assert not plan.plan(tiny.recipe('fm', data__batch_size=8), 'cpu:2')
+  assert 'No layout fits' in capsys.readouterr().out
+
+
+def test_gradients_of_segments_stay_in_their_group():
+  """Six groups of one device: only the shared parts are summed over all."""
+  recipe = tiny.recipe('bfm', data__batch_size=36, model__segments=6, model__segment_depth=2)
+  apart = plan.build.changed(recipe, {'mesh.segment': 6})
+  whole, parts = (plan.training_step(r, jax.devices()[:6], None) for r in (recipe, apart))
+  blocks = jax.eval_shape(recipe.method.init, jax.random.key(0))['segments']
+  own = plan.bytes_of(blocks)
+  assert whole.state_bytes - parts.state_bytes == 4 * own * 5 // 6  # parameters, EMA, two moments
+  sent = [sum(row.bytes for row in program.collectives) for program in (whole, parts)]
+  assert abs(sent[0] - sent[1] - own) < 0.02 * own
+
+
+def command(*flags):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  return subprocess.run(
+    [sys.executable, '-m', 'fmzoo.main', 'plan', *flags], cwd=ROOT, env=environment, text=True,
+    capture_output=True, timeout=300,
+  )
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='there is no libtpu')
+def test_a_recipe_is_compiled_for_tpus():
+  done = command(
+    '--config=configs/sit_digits.py', '--config.model.depth=1', '--topology=v5e:2x2', '--json'
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  step, sampler = found['programs']
+  assert step['fits'] and step['mesh']['data'] == 4 and found['devices'] == 4
+  reduced = sum(row[3] for row in step['collectives'] if row[:2] == ['all-reduce', 4])
+  positions = 16 * 128  # a table that is not trained
+  assert reduced == 4 * (found['parameters'] - positions + 1)  # every gradient, and the loss
+  assert sampler['collectives'] == []
+
+
+@pytest.mark.parametrize('flags,words', [
+  (['--topology=cpu:3'], 'data.batch_size=128 .* use 126 or 129'),
+  (['--topology=v5e:3'], "topology 'v5e:3'"),
+  (['--mfu=40'], '--mfu=40.0 must be'),
+  (['--config.mesh.segment=2'], 'mesh.segment=2 .* use 1'),
+])
+def test_what_cannot_be_planned_is_one_line(flags, words):
+  done = command('--config=configs/sit_digits.py', *flags)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert re.search(words, line)
