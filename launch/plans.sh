@@ -9,8 +9,15 @@ cd "$(dirname "$0")/.."
 plan() {  # recipe, slice, flags
   local config="$1" topology="$2"
   shift 2
-  printf '\n## `%s` on `%s`\n\n```bash\nfmzoo plan --config=%s --topology=%s%s\n```\n\n' \
-    "$config" "$topology" "$config" "$topology" "${*:+ $*}"
+  cat <<END
+
+## \`$config\` on \`$topology\`
+
+\`\`\`bash
+fmzoo plan --config=$config --topology=$topology${*:+ $*}
+\`\`\`
+
+END
   python -m fmzoo.main plan "--config=$config" "--topology=$topology" "$@"
 }
 

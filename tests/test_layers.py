@@ -83,7 +83,8 @@ ALLOWED = {
     'fmzoo.parallel', 'fmzoo.pictures', 'fmzoo.rows', 'fmzoo.sample', 'fmzoo.sampler',
     'fmzoo.sources', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.plan': ({'jax', 'absl'}, {
-    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.train'}),
+    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.sampler', 'fmzoo.sources',
+    'fmzoo.train'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.sample', 'fmzoo.train'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
