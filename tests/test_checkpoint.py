@@ -268,7 +268,10 @@ def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
   assert_same_bits(state, make_state(step))
   assert 'damaged-6-0' in names(tmp_path)
   assert '6' not in names(tmp_path)
-  loud = [record.message for record in caplog.records if record.levelname == 'ERROR']
+  loud = [
+    record.message for record in caplog.records
+    if record.levelname == 'ERROR' and record.pathname == checkpoint.__file__  # orbax's vary
+  ]
   assert len(loud) == 2 and all(f'checkpoint {tmp_path / "6"} ' in line for line in loud)
 
 
