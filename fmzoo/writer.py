@@ -49,6 +49,19 @@ def _write_synced(path, mode, lines):
     os.fsync(file.fileno())
 
 
+def _append(path, line):
+  """Adds a line to a file, made again if it has vanished; a kill after this loses nothing."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  try:
+    with open(path, 'ab', buffering=0) as file:  # nothing is left to write by close
+      rest = line.encode()
+      while rest:  # on a full disk the first write may do a part, the second one says why
+        rest = rest[file.write(rest) :]
+  except OSError as error:
+    error.filename = path
+    raise
+
+
 def _event_writer(workdir):
   """clu's writer of TensorBoard events, in a thread; TensorFlow is imported here, quietly."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -78,7 +91,7 @@ class Writer:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, 'metrics.jsonl')
     _trim(path, resume_step)
-    self._lines = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed by close)
+    self._path = path
     self._events = _event_writer(workdir)
 
   def scalars(self, step, values):
@@ -87,8 +100,7 @@ class Writer:
       return
     values = {name: float(value) for name, value in values.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._lines.write(json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
-    self._lines.flush()  # A kill after this loses nothing.
+    _append(self._path, json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
     self._events.write_scalars(int(step), values)
 
   def images(self, step, images):
@@ -100,7 +112,6 @@ class Writer:
     """Flushes and closes; a second call does nothing."""
     if self._is_main:
       self._is_main = False
-      self._lines.close()
       self._events.close()
 
   def __enter__(self):
