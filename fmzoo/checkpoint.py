@@ -236,6 +236,8 @@ class Checkpoints:
       logging.error(
         '%s is gone, was it moved or removed? It is made again for step %d', self.directory, step
       )
+      _expect_writable(self.directory)
+      self._manager.reload()  # or it takes for saved what is no longer there
     return False
 
   @contextlib.contextmanager
@@ -445,6 +447,8 @@ class Checkpoints:
 
   def newest(self):
     """The newest step on disk, or None; also after a save that failed."""
+    if not os.path.isdir(self.directory):
+      return None
     return max(self._manager.all_steps(read=True), default=None)
 
   def wait(self):

@@ -233,12 +233,12 @@ class Hooks:
     state after a burst of steps that were none.
     """
     is_good = not isinstance(error, NotFinite) and not state.step.is_deleted()
-    if is_good and hosts.count() == 1:
-      try:
+    try:
+      if is_good and hosts.count() == 1:
         self.save(int(state.step), state)
-        self.checkpoints.wait()
-      except (OSError, ValueError) as second:
-        logging.error('the steps since the last checkpoint are lost: %s', second)
+      self.checkpoints.wait()
+    except (OSError, ValueError) as second:
+      logging.error('the steps since the last checkpoint are lost: %s', second)
     newest = self.checkpoints.newest()
     where = 'begins again' if newest is None else f'goes on from step {newest}'
     return f'the same command {where}'

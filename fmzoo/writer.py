@@ -91,7 +91,7 @@ class Writer:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, 'metrics.jsonl')
     _trim(path, resume_step)
-    self._path = path
+    self._path, self._folder, self._told = path, workdir, False
     self._events = _event_writer(workdir)
 
   def scalars(self, step, values):
@@ -100,6 +100,10 @@ class Writer:
       return
     values = {name: float(value) for name, value in values.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    if self._told and not os.path.exists(self._path):  # the folder was moved or removed
+      self._events.close()
+      self._events = _event_writer(self._folder)
+    self._told = True
     _append(self._path, json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
     self._events.write_scalars(int(step), values)
 
