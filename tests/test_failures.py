@@ -187,7 +187,10 @@ def test_file_in_place_of_the_checkpoints_ends_the_run(tmp_path, after):
     folder.write_text('')
 
   after(4, block)
-  fails(short(), tmp_path, r'cannot write checkpoints to .*checkpoints \(File exists\).*the same command begins again$')
+  fails(
+    short(), tmp_path,
+    r'cannot write checkpoints to .*checkpoints \(File exists\).*the same command begins again$',
+  )
 
 
 # The data.
