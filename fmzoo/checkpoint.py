@@ -449,7 +449,8 @@ class Checkpoints:
     """The newest step on disk, or None; also after a save that failed."""
     if not os.path.isdir(self.directory):
       return None
-    return max(self._manager.all_steps(read=True), default=None)
+    self._manager.reload()
+    return self._manager.latest_step()
 
   def wait(self):
     """Waits until a running save is on disk; ValueError says what went wrong with it, once."""

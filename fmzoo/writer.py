@@ -213,6 +213,8 @@ class Pace:
 class OwnLines:
   """Log filter: lines of this package, and from warnings upwards those of everybody.
 
+  But for errors with their traceback that orbax tells from each of its threads, hundreds of lines:
+  checkpoint.py says in one what they are about.
   It is also where a line learns that it will be written, so open bars make room for it here.
   """
 
@@ -222,7 +224,8 @@ class OwnLines:
   def filter(self, record):
     """Says whether a record is shown."""
     own = os.path.abspath(record.pathname).startswith(self._package)
-    shown = own or record.levelno >= logging.converter.STANDARD_WARNING
+    known = bool(record.exc_info) and f'{os.sep}orbax{os.sep}' in record.pathname
+    shown = own or (record.levelno >= logging.converter.STANDARD_WARNING and not known)
     if shown:
       Progress.make_room()
     return shown
