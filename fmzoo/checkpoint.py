@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 import zlib
 
@@ -124,6 +125,15 @@ def _expect_writable(directory):
     ) from error
 
 
+def _reason(error):
+  """Says in the system's words, where it has any, why something could not be written."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's way to pass it on
+  if code:
+    return os.strerror(int(code[1]))
+  words = isinstance(error, OSError) and error.strerror
+  return words or f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
 class _Damaged(Exception):
   """A step cannot be read, or does not hold what was written."""
 
@@ -161,7 +171,7 @@ class Checkpoints:
       raise ValueError(f'keep_last={keep_last} would delete the newest checkpoint; use 1 or more.')
     self.directory = os.path.abspath(directory)  # Orbax fails in its thread on a relative path.
     self._identity = json.loads(json.dumps(identity))  # Tuples become lists, as in the file.
-    self._read_only = read_only
+    self._read_only, self._saving = read_only, None
     if not read_only:
       _expect_writable(self.directory)
     keep = [
@@ -178,6 +188,9 @@ class Checkpoints:
   def save(self, step, state):
     """Starts to save a state; returns once the state may be donated, while files are written.
 
+    What went wrong with the save before is only known now. This one is then waited for: if it is
+    on disk, nothing is lost but the older step. No step is deleted before a newer one is complete.
+
     Args:
       step: int, how many steps the state has behind it.
       state: NamedTuple with the fields params, ema, opt_state and any others.
@@ -186,10 +199,12 @@ class Checkpoints:
       True, or False if that step is there already and nothing was done.
 
     Raises:
-      ValueError: if the directory is read-only or already holds a newer step.
+      ValueError: if the directory is read-only or already holds a newer step, or if this step or
+        the one before it cannot be written.
     """
     if self._read_only:
       raise ValueError(f'{self.directory} was opened to read; save with read_only=False.')
+    failed = self._failed_before(step)
     newest = self._manager.latest_step()
     if step in self._manager.all_steps():
       return False
@@ -204,7 +219,40 @@ class Checkpoints:
     meta = {'format': _FORMAT, 'step': step, 'identity': self._identity, 'leaves': leaves}
     items = {item: ocp.args.PyTreeSave(part) for item, part in _by_item(named).items()}
     items['meta'] = ocp.args.JsonSave({**meta, 'crc32': _crc32(meta)})
-    return self._manager.save(step, args=ocp.args.Composite(**items))
+    with self._writing(step):
+      self._manager.save(step, args=ocp.args.Composite(**items))
+    if failed:
+      self.wait()
+    return True
+
+  def _failed_before(self, step):
+    """Waits for the save before; says aloud if it failed, or if all that was saved is gone."""
+    try:
+      self.wait()
+    except ValueError as error:
+      logging.error('%s; trying to save step %d', error, step)
+      return True
+    if not os.path.isdir(self.directory):
+      logging.error(
+        '%s is gone, was it moved or removed? It is made again for step %d', self.directory, step
+      )
+      _expect_writable(self.directory)
+      self._manager.reload()  # or it takes for saved what is no longer there
+    return False
+
+  @contextlib.contextmanager
+  def _writing(self, step):
+    """Turns what a failed save raises into one line; it surfaces when the save is waited for."""
+    self._saving = step
+    try:
+      yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise  # The machine's fault, not the disk's.
+    except Exception as error:  # Orbax and tensorstore have no common class for it.
+      raise ValueError(
+        f'checkpoint {self._path(step)} cannot be written ({_reason(error)}); free space there, or'
+        ' see that the folder takes files'
+      ) from error
 
   def restore(self, abstract_state):
     """Reads the newest whole step; newer ones that are damaged are renamed, never deleted.
@@ -397,13 +445,22 @@ class Checkpoints:
     self.wait()
     return sorted(self._manager.all_steps())
 
+  def newest(self):
+    """The newest step on disk, or None; also after a save that failed."""
+    if not os.path.isdir(self.directory):
+      return None
+    self._manager.reload()
+    return self._manager.latest_step()
+
   def wait(self):
-    """Waits until a running save is on disk; raises what went wrong with it."""
-    self._manager.wait_until_finished()
+    """Waits until a running save is on disk; ValueError says what went wrong with it, once."""
+    with self._writing(self._saving):
+      self._manager.wait_until_finished()
 
   def close(self):
     """Waits for a running save and frees the directory."""
-    self._manager.close()
+    with self._writing(self._saving):
+      self._manager.close()
 
   def __enter__(self):
     return self

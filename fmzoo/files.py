@@ -14,6 +14,17 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
+def naming(path):
+  """Names a file in errors of the system that leave it out, as those of a write do."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = os.fspath(path)
+    raise
+
+
+@contextlib.contextmanager
 def replacing(path, sync=False, temporary=None):
   """Opens a temporary file that takes the place of `path` if the block succeeds.
 
@@ -27,7 +38,7 @@ def replacing(path, sync=False, temporary=None):
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(temporary or path.with_name(f'{path.name}.{os.getpid()}.tmp'))
   try:
-    with open(temporary, 'wb') as file:
+    with naming(path), open(temporary, 'wb') as file:
       yield file
       if sync:
         file.flush()

@@ -70,6 +70,11 @@ def _accumulated(value_and_grad, params, batch, rng, *, count, together):
   return jax.tree.map(lambda leaf: leaf / count, total)
 
 
+def part_norms(grads):
+  """Returns {top-level part: L2 norm of its gradient}, without parts that are frozen."""
+  return {name: optax.tree.norm(part) for name, part in grads.items() if jax.tree.leaves(part)}
+
+
 def make(
   method, tx, inputs, *,
   ema_decay, ema_ramp=False, ema_every=1, accumulate_steps=1, axis_name=None,
@@ -93,7 +98,7 @@ def make(
 
   Returns:
     train_step(state, batch, frozen) -> (state, metrics): metrics are float32 scalars; `loss`,
-    `grad_norm` and `bad_steps` beside the method's.
+    `grad_norm` and `bad_steps` beside the method's, and `grad_norms`, {part: that of its gradient}.
   """
 
   def train_step(state, batch, frozen):
@@ -135,6 +140,7 @@ def make(
       state.step + 1, state.rng, merge(params, fixed), ema, opt_state, bad_steps
     )
     metrics |= {'loss': loss, 'grad_norm': grad_norm, 'bad_steps': bad_steps}
+    metrics['grad_norms'] = part_norms(grads)  # what `grad_norm` is made of, computed once
     return state, metrics | method.grad_metrics(grads)
 
   return train_step

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import math
 import pathlib
 import time
 
@@ -19,6 +20,8 @@ from fmzoo.metrics import protocol
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import hosts, rules
 from fmzoo.parallel import mesh as meshes
+
+SLOW_DATA = 0.2  # share of the time spent waiting for data from which on it is told
 
 
 def train(recipe, workdir):
@@ -38,8 +41,9 @@ def train(recipe, workdir):
   mesh = meshes.make(recipe.mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = sources.open_rows(recipe)
-  sampler = samplers.Sampler(recipe, mesh)
-  measurement = evaluation.Measurement(recipe, mesh, sampler) if evaluates(recipe) else None
+  flat = meshes.flat(recipe.mesh)
+  sampler = samplers.Sampler(recipe, flat)
+  measurement = evaluation.Measurement(recipe, flat, sampler) if evaluates(recipe) else None
   checkpoints = sample.open_checkpoints(recipe, workdir, read_only=False)
   begun = time.time()
   with contextlib.ExitStack() as stack:
@@ -63,9 +67,26 @@ def train(recipe, workdir):
       recipe, workdir, sampler, checkpoints, measurement, start=start,
       stop=lambda: preemption.noticed,
     ))
+    state, done = run_steps(
+      train_step, state, device_batches, frozen, hooks, start=start, preemption=preemption
+    )
+  logging.info(
+    'steps %d to %d took %.1f minutes, previews and evaluation included: %s',
+    start, done, (time.time() - begun) / 60, workdir,
+  )
+  return state
+
+
+def run_steps(train_step, state, device_batches, frozen, hooks, *, start, preemption):
+  """Returns (state, finished steps) at the end, or where SIGTERM came; the loop itself.
+
+  Raises:
+    OSError, ValueError: what a hook or the data met, and how the run goes on.
+  """
+  done = start
+  try:
     hooks.catch_up(start, state)
-    done = start
-    for done in range(start + 1, settings.steps + 1):
+    for done in range(start + 1, hooks.recipe.run.steps + 1):
       with hooks.waiting():
         batch = next(device_batches)
       state, metrics = train_step(state, batch, frozen)
@@ -74,11 +95,15 @@ def train(recipe, workdir):
       if stopping:
         logging.warning('stopped by SIGTERM after step %d; the same command goes on', done)
         break
-  logging.info(
-    'steps %d to %d took %.1f minutes, previews and evaluation included: %s',
-    start, done, (time.time() - begun) / 60, workdir,
-  )
-  return state
+    hooks.settle(done, state)
+  except OSError as error:
+    raise ValueError(
+      f'{error}; free space or see to the folder, {hooks.rescue(state, error)}'
+    ) from error
+  except ValueError as error:
+    error.args = (f'{error}; {hooks.rescue(state, error)}',)  # still a refusal, or else a fault
+    raise
+  return state, done
 
 
 def check_start(recipe, checkpoints):
@@ -150,6 +175,10 @@ def write_config(recipe, workdir):
   files.write_json(pathlib.Path(workdir) / 'config.json', recipe.config)
 
 
+class NotFinite(ValueError):
+  """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
 class Hooks:
   """What happens between steps: log, preview, evaluate, checkpoint, each with its own period."""
 
@@ -157,6 +186,7 @@ class Hooks:
     self.recipe, self.workdir, self.checkpoints = recipe, pathlib.Path(workdir), checkpoints
     self.sampler, self.measurement, self.stop, self.saved = sampler, measurement, stop, start
     self.measuring, self.thread = [], concurrent.futures.ThreadPoolExecutor(1)
+    self.start, self.burst, self.told_slow = start, [], False
     self.pending, self.started, self.since, self.waited = [], time.time(), start, 0.0
     self.writer = writer.Writer(workdir, jax.process_index() == 0, resume_step=start)
     self.progress = writer.Progress(recipe.run.steps, start)
@@ -191,8 +221,40 @@ class Hooks:
   def save(self, done, state):
     """Saves the state of a step, once."""
     if done != self.saved:
+      self.keep_workdir()
       self.checkpoints.save(done, state)
       self.saved = done
+
+  def settle(self, done, state):
+    """Waits for the last save; one that failed is made once more, since the state is still here."""
+    if done > self.start:
+      self.checkpoints.save(done, state)
+
+  def keep_workdir(self):
+    """Makes a workdir again that was taken away, so that what is saved in it can be used."""
+    if hosts.is_main() and not (self.workdir / 'config.json').exists():
+      logging.error(
+        '%s/config.json is gone, was the folder moved or removed? Training goes on, what it writes'
+        ' from now on is there', self.workdir
+      )
+      write_config(self.recipe, self.workdir)
+
+  def rescue(self, state, error):
+    """Saves the good state that a failure leaves in memory; says where the same command goes on.
+
+    Several hosts cannot: those without a failure wait in a step and not here. Nor is there a good
+    state after a burst of steps that were none.
+    """
+    is_good = not isinstance(error, NotFinite) and not state.step.is_deleted()
+    try:
+      if is_good and hosts.count() == 1:
+        self.save(int(state.step), state)
+      self.checkpoints.wait()
+    except (OSError, ValueError) as second:
+      logging.error('the steps since the last checkpoint are lost: %s', second)
+    newest = self.checkpoints.newest()
+    where = 'begins again' if newest is None else f'goes on from step {newest}'
+    return f'the same command {where}'
 
   @contextlib.contextmanager
   def waiting(self):
@@ -223,7 +285,8 @@ class Hooks:
 
     What is written is their mean over the steps that counted, and how many did not.
     """
-    fetched = jax.device_get(self.pending)
+    fetched, first = jax.device_get(self.pending), self.since == self.start
+    norms_of_parts = [m.pop('grad_norms') for m in fetched]
     good = [m for m in fetched if not m['bad_steps']] or fetched
     values = {name: mean_of_numbers([m[name] for m in good]) for name in fetched[0]}
     values['bad_steps'] = sum(bool(m['bad_steps']) for m in fetched)
@@ -231,6 +294,7 @@ class Hooks:
     values['steps_per_second'] = (done - self.since) / seconds
     values['data_wait'] = self.waited / seconds  # share of the time; previews and the like count
     self.pending, self.started, self.since, self.waited = [], time.time(), done, 0.0
+    self.keep_workdir()
     self.writer.scalars(done, values)
     self.tell_measured()
     left = (self.recipe.run.steps - done) / values['steps_per_second']
@@ -246,13 +310,39 @@ class Hooks:
       logging.warning(
         'no gradient since the last log step, these parts are not trained: %s', ', '.join(untrained)
       )
-    bad = max(int(m['bad_steps']) for m in fetched)
-    if bad >= self.recipe.optim.max_bad_steps:
-      raise ValueError(
-        f'{bad} steps in a row up to step {done} had a loss or gradient that is not finite'
-        f' (optim.max_bad_steps={self.recipe.optim.max_bad_steps}); nothing was updated in them:'
-        ' lower optim.learning_rate or set optim.clip_norm, the last good checkpoint is kept'
+    if not first:  # that is when readers start
+      self.warn_of_waiting(done, values['data_wait'])
+    self.expect_finite(done, fetched, norms_of_parts)
+
+  def warn_of_waiting(self, done, share):
+    """Says once that the devices wait for data."""
+    if share > SLOW_DATA and not self.told_slow:
+      self.told_slow = True
+      data = self.recipe.data
+      logging.warning(
+        'step %d: %d %% of the time since the last log step went by waiting for data; more'
+        ' data.num_threads (%d) or data.num_workers (%d) may help, `bench --loader` measures it',
+        done, 100 * share, data.num_threads, data.num_workers,
       )
+
+  def expect_finite(self, done, fetched, norms_of_parts):
+    """Ends a run of too many bad steps in a row, and leaves on disk what they had in common."""
+    limit, worst = self.recipe.optim.max_bad_steps, 0
+    for number, metrics in enumerate(fetched, done - len(fetched) + 1):
+      if not metrics['bad_steps'] and worst < limit:
+        self.burst = []  # begins with the last good step, to compare with
+      worst = max(worst, int(metrics['bad_steps']))
+      self.burst.append((number, metrics | {'grad_norms': norms_of_parts[number - done - 1]}))
+    if worst < limit:
+      return
+    path = self.workdir / 'bad_steps' / f'step_{done:07d}.json'
+    if hosts.is_main():
+      files.write_json(path, burst_record(self.recipe, self.burst))
+    raise NotFinite(
+      f'{worst} steps in a row up to step {done} had a loss or gradient that is not finite'
+      f' (optim.max_bad_steps={limit}); nothing was updated in them, {path} says what they had:'
+      ' lower optim.learning_rate or set optim.clip_norm, the last good checkpoint is kept'
+    )
 
   def weights(self, state):
     """Returns the averaged weights, a whole copy on every device."""
@@ -297,6 +387,27 @@ class Hooks:
       self.writer.scalars(
         done, {f'eval/{name}': value for name, value in report.result().items()}
       )
+
+
+def burst_record(recipe, burst):
+  """Returns plain values of the steps of a burst, [(number, metrics)], for a file.
+
+  Row r is the r-th of the epochs laid end to end, each in its own order of data and run.seed.
+  """
+  size = recipe.data.batch_size
+
+  def plain(value):
+    """Numbers of trees; JSON has none that is not finite."""
+    if isinstance(value, dict):
+      return {name: plain(item) for name, item in value.items()}
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+  steps = [
+    {'step': number, 'rows': [(number - 1) * size, number * size - 1], **plain(metrics)}
+    for number, metrics in burst
+  ]
+  return {'seed': recipe.run.seed, 'batch_size': size, 'steps': steps}
 
 
 def mean_of_numbers(values):

@@ -49,6 +49,19 @@ def _write_synced(path, mode, lines):
     os.fsync(file.fileno())
 
 
+def _append(path, line):
+  """Adds a line to a file, made again if it has vanished; a kill after this loses nothing."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  try:
+    with open(path, 'ab', buffering=0) as file:  # nothing is left to write by close
+      rest = line.encode()
+      while rest:  # on a full disk the first write may do a part, the second one says why
+        rest = rest[file.write(rest) :]
+  except OSError as error:
+    error.filename = path
+    raise
+
+
 def _event_writer(workdir):
   """clu's writer of TensorBoard events, in a thread; TensorFlow is imported here, quietly."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -78,7 +91,7 @@ class Writer:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, 'metrics.jsonl')
     _trim(path, resume_step)
-    self._lines = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed by close)
+    self._path, self._folder, self._told = path, workdir, False
     self._events = _event_writer(workdir)
 
   def scalars(self, step, values):
@@ -87,8 +100,11 @@ class Writer:
       return
     values = {name: float(value) for name, value in values.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._lines.write(json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
-    self._lines.flush()  # A kill after this loses nothing.
+    if self._told and not os.path.exists(self._path):  # the folder was moved or removed
+      self._events.close()
+      self._events = _event_writer(self._folder)
+    self._told = True
+    _append(self._path, json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
     self._events.write_scalars(int(step), values)
 
   def images(self, step, images):
@@ -100,7 +116,6 @@ class Writer:
     """Flushes and closes; a second call does nothing."""
     if self._is_main:
       self._is_main = False
-      self._lines.close()
       self._events.close()
 
   def __enter__(self):
@@ -198,6 +213,8 @@ class Pace:
 class OwnLines:
   """Log filter: lines of this package, and from warnings upwards those of everybody.
 
+  But for errors with their traceback that orbax tells from each of its threads, hundreds of lines:
+  checkpoint.py says in one what they are about.
   It is also where a line learns that it will be written, so open bars make room for it here.
   """
 
@@ -207,7 +224,8 @@ class OwnLines:
   def filter(self, record):
     """Says whether a record is shown."""
     own = os.path.abspath(record.pathname).startswith(self._package)
-    shown = own or record.levelno >= logging.converter.STANDARD_WARNING
+    known = bool(record.exc_info) and f'{os.sep}orbax{os.sep}' in record.pathname
+    shown = own or (record.levelno >= logging.converter.STANDARD_WARNING and not known)
     if shown:
       Progress.make_room()
     return shown

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import build, command_line, encoders, evaluate, train
+from fmzoo import build, checkpoint, command_line, encoders, evaluate, train
 from tests import tiny
+from tests.test_checkpoint import flip
 
 
 def arrays(state):
@@ -54,17 +55,22 @@ def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data
   assert sorted(losses(tmp_path / 'parts')) == [1, 2, 3, 4]
 
 
-def test_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
-  recipe = tiny.recipe('fm', mesh__data=1)
-  train.train(recipe, tmp_path)
-  newest = tmp_path / 'checkpoints' / '4'
-  damaged = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
-  damaged.write_bytes(damaged.read_bytes()[:100])
+def test_flipped_bits_of_any_part_cost_a_checkpoint_and_no_more(tmp_path, caplog):
+  """Each of the newest is damaged in another part; the run goes on before them, to the same end."""
+  recipe = tiny.recipe(
+    'fm', mesh__data=1, run__steps=5, log__checkpoint_every_steps=1, log__keep_last=5
+  )
+  whole = train.train(recipe, tmp_path)
+  for step, part in {2: 'params', 3: 'ema', 4: 'opt_state', 5: 'run'}.items():
+    files = (tmp_path / 'checkpoints' / str(step) / part).glob('d/*' if part == 'run' else '**/d/*')
+    flip(max(files, key=lambda file: file.stat().st_size), 4 if part == 'run' else 64)
   again = train.train(recipe, tmp_path)
-  assert int(again.step) == 4
-  assert any('damaged' in record.message for record in caplog.records)
-  kept = [path.name for path in (tmp_path / 'checkpoints').iterdir()]
-  assert '4' in kept and any(name.startswith('damaged-4') for name in kept)
+  jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(again))
+  loud = [r.message for r in caplog.records if r.pathname == checkpoint.__file__]
+  for step in (2, 3, 4, 5):
+    assert sum(f'checkpoints/{step} is damaged' in line for line in loud) == 1
+  kept = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+  assert kept == {'1', '2', '3', '4', '5', *(f'damaged-{step}-0' for step in (2, 3, 4, 5))}
 
 
 def test_results_lost_with_the_last_process_are_made_up_for(tmp_path):

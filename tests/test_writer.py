@@ -264,3 +264,15 @@ def test_a_writer_imports_tensorflow_late_and_the_log_holds_our_line_alone(tmp_p
   )
   assert done.stdout == ''
   assert done.stderr.count('\n') == 1 and 'lines after step 0 were moved aside' in done.stderr
+
+
+def test_tracebacks_of_a_failed_save_are_left_out():
+  """They come from every thread of orbax; its warnings and errors without one are shown."""
+  shown = writer.OwnLines().filter
+  for place, info, expected in [
+    ('/x/orbax/checkpoint/future.py', (ValueError, ValueError('x'), None), False),
+    ('/x/orbax/checkpoint/future.py', None, True),
+    ('/x/jax/core.py', (ValueError, ValueError('x'), None), True),
+  ]:
+    record = logging.LogRecord('absl', logging.ERROR, place, 1, 'failed', (), info)
+    assert shown(record) == expected

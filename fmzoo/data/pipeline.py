@@ -4,6 +4,7 @@ The position is the step counter: what batch k holds is a function of the seed a
 iterator state is ever saved.
 """
 
+import re
 import sys
 
 import grain
@@ -67,7 +68,33 @@ def batches(
     rows = rows.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
     )
-  return iter(rows)
+  return _Batches(iter(rows), num_workers)
+
+
+class _Batches:
+  """grain's iterator, but for its words where a reading process has died."""
+
+  def __init__(self, rows, num_workers):
+    self._rows, self._num_workers = rows, num_workers
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    try:
+      return next(self._rows)
+    except RuntimeError as error:
+      code = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))
+      if not code:
+        raise
+      raise ValueError(
+        f'one of data.num_workers={self._num_workers} reading processes was ended from outside'
+        f' (exit code {code[1]}; -9 often is a lack of memory); set fewer, or 0'
+      ) from error
+
+  def close(self):
+    """Ends the reading threads and workers."""
+    self._rows.close()
 
 
 def check_fit(source, *, latent_shape, num_classes, latent_scale, feature_shape=None):

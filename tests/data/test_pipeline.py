@@ -1,11 +1,16 @@
 """Batches are a function of seed and step, and the same rows however many processes share them."""
 
+import contextlib
 import itertools
+import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
 import pytest
 
+from fmzoo import command_line
 from fmzoo.data import pipeline
 
 
@@ -95,6 +100,21 @@ def test_an_error_in_a_worker_is_the_callers():
     for _ in range(4):
       next(batches)
   batches.close()
+
+
+def test_a_killed_reader_is_one_line_and_no_hang():
+  former = set(multiprocessing.active_children())
+  with contextlib.closing(
+    pipeline.batches(Rows(10), batch_size=4, seed=0, num_workers=2)
+  ) as batches:
+    next(batches)
+    readers = set(multiprocessing.active_children()) - former
+    os.kill(min(reader.pid for reader in readers), signal.SIGKILL)
+    with pytest.raises(ValueError, match=r'one of data.num_workers=2 .*exit code -9.*or 0') as told:
+      for _ in range(40):
+        next(batches)
+  assert command_line.raised_here(told.value)
+  assert not set(multiprocessing.active_children()) & readers
 
 
 def test_a_late_start_reads_nothing_before_it():
