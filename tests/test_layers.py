@@ -55,7 +55,8 @@ ALLOWED = {
   'fmzoo.step': ({'jax', 'optax'}, set()),
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
-    'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
+    'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2',
+    'fmzoo.parallel.hosts'}),
   'fmzoo.build': ({'jax'}, {
     'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
   'fmzoo.sources': ({'absl'}, {
@@ -85,7 +86,8 @@ ALLOWED = {
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights',
-    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.precision'}),
+    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.parallel.ends', 'fmzoo.parallel.hosts',
+    'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 
