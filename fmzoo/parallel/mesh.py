@@ -121,10 +121,11 @@ def compile_step(make_step, mesh, mode):
     `parallel.batch` gives it in the same mode.
   """
   if mode == 'pmap':
-    return jax.pmap(
+    train_step = jax.pmap(
       make_step('data'), axis_name='data', in_axes=(None, 0, None), out_axes=(None, None),
       devices=list(mesh.devices), donate_argnums=0,
     )
+    return train_step if hosts.count() == 1 else _with_global_state(train_step, mesh)
   whole, rows = replicated(mesh), rows_sharded(mesh)
   return jax.jit(
     make_step(None),
@@ -132,6 +133,20 @@ def compile_step(make_step, mesh, mode):
     out_shardings=(whole, whole),
     donate_argnums=0,
   )
+
+
+def _with_global_state(train_step, mesh):
+  """Returns a pmapped step whose state is one array over all hosts, and not one in each of them."""
+  def globally(leaf):
+    """Tells what a leaf is, which is the same on every device; nothing is copied."""
+    copies = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), copies)
+
+  def run(*args):
+    state, metrics = train_step(*args)
+    return jax.tree.map(globally, state), metrics
+
+  return run
 
 
 def compile_ahead(function, mesh, *args):

@@ -1,0 +1,127 @@
+"""Several processes train as one does, whatever ends them and however many go on."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fmzoo.parallel import ends
+from tests.test_resume import losses
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 60
+TINY = (
+  '--config=configs/sit_digits.py', '--config.model.width=32', '--config.model.heads=2',
+  '--config.model.depth=1', '--config.model.unroll=1', '--config.data.batch_size=16',
+  f'--config.run.steps={STEPS}', '--config.log.log_every_steps=1',
+  '--config.log.checkpoint_every_steps=5', '--config.log.preview_every_steps=0',
+  '--config.eval.name=none',
+)
+# The command line, but for how long a dead process is waited for.
+WORKER = """
+import functools, sys
+from fmzoo import main
+from fmzoo.parallel import hosts
+hosts.start = functools.partial(hosts.start, heartbeat=10)
+sys.exit(main.cli())
+"""
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
+class Run:
+  """Processes of one run, which do not outlive it."""
+
+  def __init__(self, *arguments, processes=1, devices=1, environment=()):
+    meeting = (f'--coordinator=localhost:{free_port()}', f'--processes={processes}')
+    flags = (
+      os.environ.get('XLA_FLAGS', ''), '--xla_cpu_multi_thread_eigen=false',
+      f'--xla_force_host_platform_device_count={devices}',
+    )
+    self.processes = [
+      subprocess.Popen(
+        [sys.executable, '-c', WORKER, *arguments]
+        + ([*meeting, f'--process={index}'] if processes > 1 else []),
+        cwd=ROOT, text=True, env={
+          **os.environ, 'XLA_FLAGS': ' '.join(flags), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+          **dict(environment),
+        },
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+      ) for index in range(processes)
+    ]
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    for process in self.processes:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
+
+  def signal_at(self, step, index, signum):
+    """Sends a signal to one process, once the main one has logged a step."""
+    for line in self.processes[0].stderr:
+      if f'step {step} of' in line:
+        self.processes[index].send_signal(signum)
+        return
+    pytest.fail(f'step {step} was never reached')
+
+  def end(self):
+    """Returns (exit statuses, lines on stderr of each)."""
+    told = [process.communicate(timeout=120)[1].splitlines() for process in self.processes]
+    return [process.returncode for process in self.processes], told
+
+
+def test_any_number_of_processes_goes_on_where_others_ended(tmp_path):
+  """kill -9 and SIGTERM of one of two, then one process alone, then four: one curve.
+
+  It is that of one process that was never stopped, to 1e-5, and as long as two processes were at
+  work that of two that were never stopped, to the last bit.
+  """
+  def run(name, **layout):
+    return Run(*TINY, f'--workdir={tmp_path / name}', **layout)
+
+  with run('one') as alone, run('parts', processes=2, devices=2) as two:
+    two.signal_at(7, 1, signal.SIGKILL)
+    begun = time.time()
+    statuses, told = two.end()
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, -signal.SIGKILL), told
+    assert time.time() - begun < 60 and told[0][-1] == ends.LAST_WORD, told
+    assert alone.end()[0] == [0]
+  with run('two', processes=2, devices=2) as whole, run('parts', processes=2, devices=2) as two:
+    two.signal_at(20, 1, signal.SIGTERM)
+    begun = time.time()
+    statuses, told = two.end()
+    assert statuses == [143, 143] and time.time() - begun < 30, told
+    reached = max(losses(tmp_path / 'parts'))
+    for lines in told:
+      assert any(f'stopped by SIGTERM after step {reached};' in line for line in lines), told
+    assert not any(' of 60: loss' in line for line in told[1])  # one tells for both
+    assert whole.end()[0] == [0, 0]
+  assert (tmp_path / 'parts' / 'checkpoints' / str(reached)).is_dir() and 20 <= reached < 50
+  assert losses(tmp_path / 'parts') == {
+    step: loss for step, loss in losses(tmp_path / 'two').items() if step <= reached
+  }
+  with run('parts') as one:
+    one.signal_at(reached + 5, 0, signal.SIGTERM)
+    assert one.end()[0] == [143]
+  with run('parts', processes=4) as four:
+    statuses, told = four.end()
+    assert statuses == [0] * 4, told
+  expected, found = losses(tmp_path / 'one'), losses(tmp_path / 'parts')
+  assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
+  np.testing.assert_allclose(
+    [found[step] for step in expected], list(expected.values()), rtol=1e-5
+  )
