@@ -16,12 +16,12 @@ from fmzoo.parallel import ends
 from tests.test_resume import losses
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 60
+STEPS = 48
 TINY = (
   '--config=configs/sit_digits.py', '--config.model.width=32', '--config.model.heads=2',
   '--config.model.depth=1', '--config.model.unroll=1', '--config.data.batch_size=16',
   f'--config.run.steps={STEPS}', '--config.log.log_every_steps=1',
-  '--config.log.checkpoint_every_steps=5', '--config.log.preview_every_steps=0',
+  '--config.log.checkpoint_every_steps=8', '--config.log.preview_every_steps=0',
   '--config.eval.name=none',
 )
 # The command line, but for how long a dead process is waited for.
@@ -40,11 +40,20 @@ def free_port():
     return free.getsockname()[1]
 
 
+def slurm_environment(port, processes, index):
+  """Returns what srun tells one of its tasks, all on this machine."""
+  return {
+    'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': str(processes),
+    'SLURM_PROCID': str(index), 'SLURM_LOCALID': str(index), 'JAX_COORDINATOR_PORT': str(port),
+  }
+
+
 class Run:
   """Processes of one run, which do not outlive it."""
 
-  def __init__(self, *arguments, processes=1, devices=1, environment=()):
-    meeting = (f'--coordinator=localhost:{free_port()}', f'--processes={processes}')
+  def __init__(self, *arguments, processes=1, devices=1, slurm=False):
+    port = free_port()
+    meeting = (f'--coordinator=localhost:{port}', f'--processes={processes}')
     flags = (
       os.environ.get('XLA_FLAGS', ''), '--xla_cpu_multi_thread_eigen=false',
       f'--xla_force_host_platform_device_count={devices}',
@@ -52,10 +61,10 @@ class Run:
     self.processes = [
       subprocess.Popen(
         [sys.executable, '-c', WORKER, *arguments]
-        + ([*meeting, f'--process={index}'] if processes > 1 else []),
+        + ([*meeting, f'--process={index}'] if processes > 1 and not slurm else []),
         cwd=ROOT, text=True, env={
           **os.environ, 'XLA_FLAGS': ' '.join(flags), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-          **dict(environment),
+          **(slurm_environment(port, processes, index) if slurm else {}),
         },
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
       ) for index in range(processes)
@@ -94,13 +103,14 @@ def test_any_number_of_processes_goes_on_where_others_ended(tmp_path):
     return Run(*TINY, f'--workdir={tmp_path / name}', **layout)
 
   with run('one') as alone, run('parts', processes=2, devices=2) as two:
-    two.signal_at(7, 1, signal.SIGKILL)
+    two.signal_at(10, 1, signal.SIGKILL)
     begun = time.time()
     statuses, told = two.end()
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, -signal.SIGKILL), told
     assert time.time() - begun < 60 and told[0][-1] == ends.LAST_WORD, told
     assert alone.end()[0] == [0]
-  with run('two', processes=2, devices=2) as whole, run('parts', processes=2, devices=2) as two:
+  layout = {'processes': 2, 'devices': 2}
+  with run('two', **layout) as whole, run('parts', **layout, slurm=True) as two:
     two.signal_at(20, 1, signal.SIGTERM)
     begun = time.time()
     statuses, told = two.end()
@@ -108,14 +118,14 @@ def test_any_number_of_processes_goes_on_where_others_ended(tmp_path):
     reached = max(losses(tmp_path / 'parts'))
     for lines in told:
       assert any(f'stopped by SIGTERM after step {reached};' in line for line in lines), told
-    assert not any(' of 60: loss' in line for line in told[1])  # one tells for both
+    assert not any(f' of {STEPS}: loss' in line for line in told[1])  # one tells for both
     assert whole.end()[0] == [0, 0]
-  assert (tmp_path / 'parts' / 'checkpoints' / str(reached)).is_dir() and 20 <= reached < 50
+  assert (tmp_path / 'parts' / 'checkpoints' / str(reached)).is_dir() and 20 <= reached < 40
   assert losses(tmp_path / 'parts') == {
     step: loss for step, loss in losses(tmp_path / 'two').items() if step <= reached
   }
   with run('parts') as one:
-    one.signal_at(reached + 5, 0, signal.SIGTERM)
+    one.signal_at(reached + 3, 0, signal.SIGTERM)
     assert one.end()[0] == [143]
   with run('parts', processes=4) as four:
     statuses, told = four.end()

@@ -10,8 +10,8 @@ import sys
 
 LAST_WORD = (
   'error: one of several processes came to its end by force: it was killed, or another one is gone'
-  ' (the lines above and the logs of the others say which); the same command on all of them goes'
-  ' on from what is on disk'
+  ' or never came (the lines above and the logs of the others say which); the same command on all'
+  ' of them goes on from what is on disk'
 )
 # Waits until nobody holds the other end of its input.
 _WATCHER = 'import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)'
