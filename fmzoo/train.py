@@ -34,6 +34,7 @@ def train(recipe, workdir):
   """
   method, settings = recipe.method, recipe.run
   mesh = meshes.make(recipe.mesh)
+  meshes.check_hosts(mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = sources.open_rows(recipe)
   sampler = samplers.Sampler(recipe, mesh)

@@ -108,6 +108,21 @@ def check_batch(batch_size, mesh, period, accumulate_steps=1):
   )
 
 
+def check_hosts(mesh):
+  """Refuses devices that hosts do not share evenly: each reads as many rows of a batch.
+
+  Raises:
+    ValueError: the same in all of them.
+  """
+  owners = [device.process_index for device in mesh.devices.flat]
+  shares = [owners.count(index) for index in range(hosts.count())]
+  if len(set(shares)) > 1:
+    raise ValueError(
+      f'mesh.data={mesh.size} takes {", ".join(map(str, shares))} devices of {len(shares)} hosts,'
+      ' expected as many of each; use -1, which takes all there are'
+    )
+
+
 def compile_step(make_step, mesh, mode):
   """Compiles a train step over the mesh; the state is donated.
 
