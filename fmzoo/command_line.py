@@ -12,11 +12,12 @@ from ml_collections import ConfigDict, config_flags
 
 from fmzoo import paths
 
+HOSTS = ('coordinator', 'processes', 'process')  # flags that say who works together
 COMMANDS = {  # and the flags that each takes beside --config and --workdir
-  'train': (),
-  'sample': ('step',),
-  'evaluate': ('step', 'samples', 'make_reference', 'from', 'compare'),
-  'prepare': ('from', 'dtype', 'shard_rows'),
+  'train': HOSTS,
+  'sample': ('step', *HOSTS),
+  'evaluate': ('step', 'samples', 'make_reference', 'from', 'compare', *HOSTS),
+  'prepare': ('from', 'dtype', 'shard_rows', *HOSTS),
   'convert': ('step', 'weights', 'export'),
   'plan': ('topology', 'mfu', 'json', 'sampler'),
   'bench': ('against', 'runs', 'precision', 'loader'),
@@ -83,6 +84,9 @@ flags
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
              parameters of --workdir if it has a checkpoint, else random ones (bench)
   --loader   in place of that: how fast the recipe's data are read, in rows per second (bench)
+  --coordinator  HOST:PORT where several processes meet, a free port of process 0; with --processes,
+             how many there are, and --process, which of them this is, from 0. Cloud TPU pods, SLURM
+             and indexed Kubernetes jobs need none of the three (train, sample, evaluate, prepare)
 
 Keys and their meaning: configs/base.py. Data: data/ here, or FMZOO_DATA_DIR.
 """
@@ -133,6 +137,9 @@ def parse(argv):
   flags.DEFINE_string('topology', 'v5e:2x4', 'see USAGE', flag_values=values)
   flags.DEFINE_boolean('sampler', True, 'see USAGE', flag_values=values)
   flags.DEFINE_float('mfu', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_string('coordinator', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_integer('processes', None, 'see USAGE', flag_values=values, lower_bound=1)
+  flags.DEFINE_integer('process', None, 'see USAGE', flag_values=values, lower_bound=0)
   for name in ('precision', 'loader', 'json'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
   flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
@@ -149,6 +156,7 @@ def parse(argv):
   own = [name for names in COMMANDS.values() for name in names]
   given = {name for name in own if name in values and values[name].present}
   check_flags(command, given | recipes.keys() & {'against'})
+  check_hosts({name: values[name].value for name in HOSTS})
   workdir = values.workdir or (default_workdir(recipe) if recipe is not None else '.')
   return command, values.config, workdir, values
 
@@ -188,6 +196,29 @@ def check_flags(command, given):
       "'convert' needs --weights=FILE.safetensors to read official weights into the workdir, or"
       ' --export=FILE.safetensors to write its checkpoint as such; .pt files will do as well'
     )
+
+
+def check_hosts(given):
+  """Refuses flags of HOSTS that do not say where processes meet.
+
+  Args:
+    given: {name: value, None where it was not given} of HOSTS.
+  """
+  if all(value is None for value in given.values()) or given['processes'] == 1:
+    return
+  shown = ' '.join(f'--{name}={value}' for name, value in given.items() if value is not None)
+  if None in given.values():
+    raise ValueError(
+      f'{shown} does not say where processes meet; give --coordinator=HOST:PORT, --processes=N and'
+      ' --process=I, or none of them'
+    )
+  host, _, port = given['coordinator'].rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ValueError(
+      f'--coordinator={given["coordinator"]} must be HOST:PORT, such as 10.0.0.2:8476'
+    )
+  if given['process'] >= given['processes']:
+    raise ValueError(f'{shown}: expected a process from 0 to {given["processes"] - 1}')
 
 
 def without_recipe(argv, name):

@@ -23,6 +23,7 @@ from flax import traverse_util
 from fmzoo.convert import dinov2 as official_dinov2
 from fmzoo.models import digits_encoder
 from fmzoo.models import dinov2 as dinov2_model
+from fmzoo.parallel import hosts
 
 STREAM = zlib.crc32(b'encoder')  # keeps its random numbers apart from the run's
 STEPS, BATCH, LEARNING_RATE = 300, 128, 3e-3  # of the digits encoder: 21 epochs
@@ -85,23 +86,14 @@ def digits(workdir, source, num_classes, seed):
       tree.
   """
   path = pathlib.Path(workdir) / 'encoder.npz'
-  if path.exists():
-    try:
-      with np.load(path) as arrays:
-        params = traverse_util.unflatten_dict(dict(arrays), sep='/')
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-      raise ValueError(f'{path} is damaged ({error}); remove it to have it trained anew') from error
-  else:
-    images, labels = source.arrays()
-    params, accuracy = fit_digits(images, labels, num_classes, seed)
-    logging.info(
-      'digits encoder trained for %d steps (training accuracy %.4f) and frozen: %s',
-      STEPS, accuracy, path,
-    )
-    params = jax.tree.map(np.asarray, params)
-    temporary = path.with_suffix('.tmp.npz')
-    np.savez(temporary, **traverse_util.flatten_dict(params, sep='/'))
-    os.replace(temporary, path)
+  with hosts.together('digits encoder'):  # one trains it, and all read the same
+    if hosts.is_main() and not path.exists():
+      _write_digits(path, source, num_classes, seed)
+  try:
+    with np.load(path) as arrays:
+      params = traverse_util.unflatten_dict(dict(arrays), sep='/')
+  except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    raise ValueError(f'{path} is damaged ({error}); remove it to have it trained anew') from error
   return _encode_digits, params
 
 
@@ -115,6 +107,20 @@ def abstract_digits(num_classes):
 def _encode_digits(params, batch):
   """Returns features [B, 16, F] of a batch's 'latent' [B, 8, 8, 1]."""
   return digits_encoder.apply(params, batch['latent'])[0]
+
+
+def _write_digits(path, source, num_classes, seed):
+  """Trains the digits encoder and writes it to a file."""
+  images, labels = source.arrays()
+  params, accuracy = fit_digits(images, labels, num_classes, seed)
+  logging.info(
+    'digits encoder trained for %d steps (training accuracy %.4f) and frozen: %s',
+    STEPS, accuracy, path,
+  )
+  params = jax.tree.map(np.asarray, params)
+  temporary = path.with_suffix('.tmp.npz')
+  np.savez(temporary, **traverse_util.flatten_dict(params, sep='/'))
+  os.replace(temporary, path)
 
 
 def dinov2(workdir, path, *, grid, width, dtype):
@@ -184,11 +190,12 @@ def _expect_same(file, path, params):
   for leaf in jax.tree.leaves(params):
     digest.update(np.ascontiguousarray(leaf))
   values = {'sha256': digest.hexdigest()}
-  if not file.exists():
-    temporary = file.with_suffix(f'.{os.getpid()}.tmp')
-    temporary.write_text(json.dumps(values))
-    os.replace(temporary, file)
-  elif (found := file.read_text()) != json.dumps(values):
+  with hosts.together('data.encoder'):
+    if hosts.is_main() and not file.exists():
+      temporary = file.with_suffix(f'.{os.getpid()}.tmp')
+      temporary.write_text(json.dumps(values))
+      os.replace(temporary, file)
+  if (found := file.read_text()) != json.dumps(values):
     raise ValueError(
       f'data.encoder={path} has weights with checksum {values["sha256"][:12]}, the run began with'
       f' others ({file}: {found[:30]}...); use those or another --workdir'

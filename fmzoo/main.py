@@ -3,12 +3,16 @@
 import os
 import signal
 import sys
+import traceback
 
 from fmzoo import command_line
+from fmzoo.parallel import ends
 
 STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended a command early, all of it saved
 DOES_NOT_FIT = 3  # exit status of a plan without a layout that fits
 INTERRUPTED = 128 + signal.SIGINT  # of Ctrl-C
+REFUSED = 2  # bad input
+FAULT = 1  # python's own, of what nobody expected
 
 
 def run(argv):
@@ -20,11 +24,28 @@ def run(argv):
   if command == 'plan':
     _without_accelerators(values.topology)
   from fmzoo import build, writer  # after help and bad flags: jax takes its time
+  from fmzoo.parallel import hosts
 
   writer.setup_logging()
   if values.compare is not None:
     return _compare(values.compare) or 0
-  return COMMANDS[command](build.recipe(config), workdir, values) or 0
+  if 'process' in command_line.COMMANDS[command]:
+    _meet(command, values)
+  status = COMMANDS[command](build.recipe(config), workdir, values) or 0
+  hosts.finish()
+  return status
+
+
+def _meet(command, values):
+  """See parallel.hosts.start; of several processes one tells how it goes."""
+  from fmzoo import writer
+  from fmzoo.parallel import hosts
+
+  flags = {name: values[name].value for name in command_line.HOSTS}
+  # As on one host: only these two do more at SIGTERM than to end.
+  in_order = command in ('train', 'sample')
+  if hosts.start(**flags, stops_in_order=in_order) and not hosts.is_main():
+    writer.only_warnings()
 
 
 def _train(recipe, workdir, values):
@@ -119,7 +140,24 @@ COMMANDS = {
 
 
 def cli():
-  """Runs the command line and returns its exit status; bad input is one line, a fault is not."""
+  """Runs the command line and returns its exit status.
+
+  One of several processes that fails ends here and now, lest the others wait for it.
+  """
+  try:
+    status = attempt()
+  except Exception:
+    if ends.is_watched():
+      traceback.print_exc()
+      ends.leave(FAULT)
+    raise
+  if status in (REFUSED, INTERRUPTED):
+    ends.leave(status, told=True)
+  return status
+
+
+def attempt():
+  """Runs the command line; bad input is one line, a fault is not."""
   try:
     return run(sys.argv)
   except KeyboardInterrupt:
@@ -132,7 +170,7 @@ def cli():
     if isinstance(error, ValueError) and not command_line.raised_here(error):
       raise
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
+    return REFUSED
 
 
 if __name__ == '__main__':

@@ -196,7 +196,7 @@ def sample(recipe, workdir, at_step=None):
       with hosts.together('sample'):
         own_params = meshes.on_own_devices(own, params)
         is_whole = _generate(job, sampler, own_params, labels, settings.seed)
-      if not is_whole:
+      if not hosts.all_agree(is_whole):  # a host may be done before the others stop
         return None
     with hosts.together('sample'):
       if hosts.is_main():
@@ -228,14 +228,13 @@ def _generate(job, sampler, params, labels, seed):
   done = total - sum(map(job.size, missing))
   if done:
     logging.info('%d of %d images are there already: %s', done, total, job.folder)
-  # The runtime of several hosts catches SIGTERM itself; they go on until they are killed.
-  preemption = hosts.Preemption() if hosts.count() == 1 else contextlib.nullcontext()
-  with preemption as stop, writer.Pace(total, done, unit='image') as pace:
-    for chunk, images in sampler.chunks(params, labels, seed, job.rows, missing):
+  with hosts.Preemption() as stop, writer.Pace(total, done, unit='image') as pace:
+    made = sampler.chunks(params, labels, seed, job.rows, missing)
+    for number, (chunk, images) in enumerate(made, 1):
       job.write(chunk, pictures.pixels(images))
       done += len(images)
       pace.update(len(images))
-      if stop and stop.reached(done) and done < total:
+      if stop.reached(number) and done < total:
         logging.warning(
           'stopped by SIGTERM after %d of %d images; the same command goes on', done, total
         )

@@ -39,6 +39,7 @@ def train(recipe, workdir):
   """
   method, settings = recipe.method, recipe.run
   mesh = meshes.make(recipe.mesh)
+  meshes.check_hosts(mesh)
   meshes.check_batch(recipe.data.batch_size, mesh, method.period, recipe.optim.accumulate_steps)
   rows = sources.open_rows(recipe)
   flat = meshes.flat(recipe.mesh)
@@ -272,12 +273,13 @@ class Hooks:
     if done > self.recipe.run.steps:
       logging.warning('run.steps=%d are done, %d in all', self.recipe.run.steps, done)
       return
-    is_last = done == self.recipe.run.steps
-    if is_last and self.recipe.log.preview_every_steps and not self.picture(done).exists():
+    owes_picture = done == self.recipe.run.steps and self.recipe.log.preview_every_steps
+    # All hosts make pictures and numbers together, or none: they may not see a file at once.
+    if owes_picture and not hosts.all_agree(self.picture(done).exists()):
       self.preview(done, state)
     if done and self.measurement and self.due(done, self.recipe.eval.every_steps):
       name = evaluation.result_name(self.recipe, done, 'ema')
-      if not protocol.is_result(self.workdir / 'evaluations' / name):
+      if not hosts.all_agree(protocol.is_result(self.workdir / 'evaluations' / name)):
         self.evaluate(done, state)
 
   def log(self, done):
@@ -351,6 +353,8 @@ class Hooks:
   def preview(self, done, state):
     """Writes a grid of samples of the averaged weights, the same noise every time."""
     images = self.sampler.preview(self.weights(state))
+    if not hosts.is_main():
+      return
     pictures.save_grid(self.picture(done), images, samplers.PREVIEW_COLUMNS)
     self.writer.images(done, {'samples': pictures.grid(images, samplers.PREVIEW_COLUMNS)})
     logging.info('preview: %s', self.picture(done))

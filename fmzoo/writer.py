@@ -136,11 +136,12 @@ class Progress:
     unit: what is counted.
   """
 
+  shown = True  # unless `only_warnings`
   _open_bars = set()
 
   def __init__(self, total, start=0, unit='step'):
     self._bar = None
-    if sys.stderr.isatty():
+    if self.shown and sys.stderr.isatty():
       import tqdm
 
       self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True)
@@ -243,3 +244,9 @@ def setup_logging():
   handler = logging.get_absl_handler()
   if not any(isinstance(filter_, OwnLines) for filter_ in handler.filters):
     handler.addFilter(OwnLines())
+
+
+def only_warnings():
+  """Leaves bars and INFO lines to the process that tells for all."""
+  logging.set_verbosity(logging.WARNING)
+  Progress.shown = False

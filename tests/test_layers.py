@@ -57,7 +57,8 @@ ALLOWED = {
   'fmzoo.step': ({'jax', 'optax'}, {'fmzoo.rows'}),
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
-    'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2'}),
+    'fmzoo.convert.dinov2', 'fmzoo.models.digits_encoder', 'fmzoo.models.dinov2',
+    'fmzoo.parallel.hosts'}),
   'fmzoo.build': ({'jax', 'ml_collections'}, {
     'fmzoo.methods', 'fmzoo.models', 'fmzoo.optimizer', 'fmzoo.parallel', 'fmzoo.paths'}),
   'fmzoo.sources': ({'absl', 'jax'}, {
@@ -90,7 +91,8 @@ ALLOWED = {
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights',
-    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.plan', 'fmzoo.precision'}),
+    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.parallel.ends', 'fmzoo.parallel.hosts',
+    'fmzoo.plan', 'fmzoo.precision'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

@@ -187,6 +187,14 @@ CASES = {
   'latents missing': (
     ('--config=configs/bfm_xl.py', '--config.data.path={empty}/latents', '--workdir={empty}'),
     ('data.path', 'latents')),
+  'processes without a place to meet': (
+    (RECIPE, '--processes=2'), ('--processes=2', '--coordinator=HOST:PORT', 'none of them')),
+  'a place to meet without a port': (
+    (RECIPE, '--coordinator=host', '--processes=2', '--process=0'), ('--coordinator=host', 'PORT')),
+  'a process beyond the last': (
+    (RECIPE, '--coordinator=a:1', '--processes=2', '--process=2'), ('--process=2', '0 to 1')),
+  'processes of a command for one': (
+    ('bench', RECIPE, '--processes=2'), ('--processes', "not of 'bench'")),
 }
 
 

@@ -1,6 +1,5 @@
 """The device mesh, and the one place where a step is compiled over it."""
 
-import collections
 import dataclasses
 import os
 
@@ -143,20 +142,10 @@ def rows_spec(mesh):
 
 
 def places(mesh, batch_size):
-  """Returns the places of a global batch that this host's devices have, rising: numpy [n].
-
-  Raises:
-    ValueError: if hosts have unequal parts, for which there are no arrays.
-  """
+  """Returns the places of a global batch that this host's devices have, rising: numpy [n]."""
   cuts = rows_sharded(mesh).devices_indices_map((batch_size,))
-  counts = collections.Counter(device.process_index for device in cuts)
-  if len(set(counts.values())) > 1 or len(counts) < jax.process_count():
-    raise ValueError(
-      f'a mesh of {mesh.size} devices cannot be shared by {jax.process_count()} hosts evenly; use'
-      ' mesh.data=-1'
-    )
-  own = {device: cut for device, cut in cuts.items() if device.process_index == jax.process_index()}
-  return np.sort(np.concatenate([np.arange(batch_size)[cut] for (cut,) in own.values()]))
+  own = [cut for device, (cut,) in cuts.items() if device.process_index == jax.process_index()]
+  return np.sort(np.concatenate([np.arange(batch_size)[cut] for cut in own]))
 
 
 def check_batch(batch_size, mesh, period, accumulate_steps=1):
@@ -183,6 +172,21 @@ def check_batch(batch_size, mesh, period, accumulate_steps=1):
   )
 
 
+def check_hosts(mesh):
+  """Refuses devices that hosts do not share evenly: each reads as many rows of a batch.
+
+  Raises:
+    ValueError: the same in all of them.
+  """
+  owners = [device.process_index for device in mesh.devices.flat]
+  shares = [owners.count(index) for index in range(hosts.count())]
+  if len(set(shares)) > 1:
+    raise ValueError(
+      f'a mesh of {mesh.size} devices takes {", ".join(map(str, shares))} of {len(shares)} hosts,'
+      ' expected as many of each; use mesh.data=-1, which takes all there are'
+    )
+
+
 def compile_step(make_step, mesh, mode, state):
   """Compiles a train step over the mesh; the state is donated.
 
@@ -197,10 +201,11 @@ def compile_step(make_step, mesh, mode, state):
     `replicated` and a batch as `parallel.batch` gives it in the same mode.
   """
   if mode == 'pmap':
-    return jax.pmap(
+    train_step = jax.pmap(
       make_step('data'), axis_name='data', in_axes=(None, 0, None), out_axes=(None, None),
       devices=list(mesh.devices.flat), donate_argnums=0,
     )
+    return train_step if hosts.count() == 1 else _with_global_state(train_step, mesh)
   whole, rows = replicated(mesh), rows_sharded(mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(
@@ -209,6 +214,20 @@ def compile_step(make_step, mesh, mode, state):
     out_shardings=(shardings, whole),
     donate_argnums=0,
   )
+
+
+def _with_global_state(train_step, mesh):
+  """Returns a pmapped step whose state is one array over all hosts, and not one in each of them."""
+  def globally(leaf):
+    """Tells what a leaf is, which is the same on every device; nothing is copied."""
+    copies = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), copies)
+
+  def run(*args):
+    state, metrics = train_step(*args)
+    return jax.tree.map(globally, state), metrics
+
+  return run
 
 
 def compile_ahead(function, mesh, *args):

@@ -1,5 +1,6 @@
 """One answer in all processes, and a signal that becomes a question asked once a step."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -7,10 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
+import jax
 import pytest
 
-from fmzoo.parallel import hosts
+from fmzoo.parallel import ends, hosts
+
+ROOT = pathlib.Path(hosts.__file__).parents[2]
 
 
 def test_one_process_agrees_with_itself_and_waits_for_nobody():
@@ -94,13 +99,12 @@ def port():
 
 
 def test_two_processes_agree_gather_and_stop_at_the_same_step(port):
-  root = pathlib.Path(hosts.__file__).parents[2]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   environment.pop('XLA_FLAGS', None)
   workers = [
     subprocess.Popen(
       [sys.executable, '-c', WORKER, str(port), str(index)],
-      cwd=root,
+      cwd=ROOT,
       env=environment,
       text=True,
       stdout=subprocess.PIPE,
@@ -119,3 +123,148 @@ def test_two_processes_agree_gather_and_stop_at_the_same_step(port):
   assert lines[0][0] == 'agree True False'
   assert lines[0][1:3] == ['gathered 3 True float64 0', 'gathered 23 True float64 1']
   assert lines[0][3].startswith('stopped ') and int(lines[0][3].split()[1]) >= 5
+
+
+FAILING = """
+import sys
+from fmzoo import main
+from fmzoo.parallel import hosts, mesh
+
+def run(argv):
+  port, index, what = argv[1:]
+  hosts.start(
+    coordinator='localhost:' + port, processes=2, process=int(index), heartbeat=4, wait=5
+  )
+  for step in range(10**6):
+    hosts.barrier(str(step))
+    if step == 5:
+      print('met', file=sys.stderr, flush=True)
+      if what == 'refuse' and not hosts.is_main():
+        mesh.make(mesh.Config(data=-2, mode='jit'))
+
+main.run = run
+sys.exit(main.cli())
+"""
+
+
+@contextlib.contextmanager
+def failing(port, indices, what=''):
+  """Starts processes that meet at barriers without end; kills those that are left."""
+  workers = [
+    subprocess.Popen(
+      [sys.executable, '-c', FAILING, str(port), str(index), what], cwd=ROOT, text=True,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+    ) for index in indices
+  ]
+  try:
+    yield workers
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.communicate()
+
+
+def end(worker):
+  """Returns the exit status of a process, and its lines on stderr."""
+  lines = worker.communicate(timeout=60)[1].splitlines()
+  return worker.returncode, lines
+
+
+def test_a_process_whose_peer_is_silent_ends(port):
+  """As if the network were gone: nothing is closed, and nothing comes."""
+  with failing(port, range(2)) as (waiting, silent):
+    assert any('met' in line for line in waiting.stderr)
+    silent.send_signal(signal.SIGSTOP)
+    begun = time.time()
+    status, lines = end(waiting)
+  assert status not in (0, None) and time.time() - begun < 45
+  assert lines[-1] == ends.LAST_WORD
+
+
+def test_a_process_that_cannot_go_on_leaves_nobody_waiting(port):
+  with failing(port, range(2), 'refuse') as (waiting, refusing):
+    status, lines = end(refusing)
+    assert status == 2 and lines[-1].startswith('error: mesh.data=-2')
+    status, lines = end(waiting)
+    assert status not in (0, 2) and lines[-1] == ends.LAST_WORD
+
+
+def test_a_process_that_meets_nobody_ends(port):
+  with failing(port, [1]) as (lonely,):
+    status, lines = end(lonely)
+  assert status != 0 and lines[-1] == ends.LAST_WORD
+
+
+SLURM = {
+  'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2',
+  'SLURM_PROCID': '0', 'SLURM_LOCALID': '0', 'SLURM_STEP_NUM_NODES': '2',
+}
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+  """What jax.distributed.initialize was called with, in an environment of no cluster."""
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda *args, **options: calls.append((args, options))
+  )
+  monkeypatch.setattr(ends, 'watch', lambda: None)
+  for name in os.environ:
+    if name.startswith(('SLURM_', 'TPU_', 'KUBERNETES_', 'JOB_', 'CUDA_', 'JAX_COORD')):
+      monkeypatch.delenv(name)
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')  # as jax does where there are no chips
+  yield calls
+  jax.config.update('jax_enable_preemption_service', True)
+
+
+@pytest.mark.parametrize('environment', [
+  {}, SLURM | {'SLURM_NTASKS': '1'}, {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'},
+  {'TPU_WORKER_HOSTNAMES': 'localhost'}, {'KUBERNETES_SERVICE_HOST': '10.0.0.1'},
+])
+def test_a_lone_machine_starts_nothing(environment, initialized, monkeypatch):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert not hosts.start()
+  assert not initialized
+
+
+@pytest.mark.parametrize('environment,devices', [
+  (SLURM, None),
+  (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, [0, 1, 2, 3]),  # one task has the whole node
+  (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_NTASKS': '4'}, None),  # jax gives each its own
+  (SLURM | {'CUDA_VISIBLE_DEVICES': '3', 'SLURM_NTASKS': '8'}, [0]),  # it has but one
+  ({'TPU_WORKER_HOSTNAMES': 'a,b'}, None),
+  ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, None),
+  ({'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'}, None),
+])
+def test_a_cluster_is_asked_where_its_processes_meet(
+  environment, devices, initialized, monkeypatch
+):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  hosts.start()
+  ((arguments, options),) = initialized
+  assert arguments == (None, None, None, devices) and options['cluster_detection_method'] is None
+
+
+def test_processes_meet_where_flags_say(initialized):
+  hosts.start(coordinator='a:1', processes=2, process=1)
+  ((arguments, options),) = initialized
+  assert arguments == ('a:1', 2, 1, None) and options['cluster_detection_method'] == 'deactivate'
+  assert options['heartbeat_timeout_seconds'] <= 90  # two minutes are promised
+  assert not hosts.start(coordinator='a:1', processes=1, process=0)
+  assert len(initialized) == 1
+
+
+def test_where_processes_meet_but_not_how_many_is_refused(initialized, monkeypatch):
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'a:1')
+  with pytest.raises(ValueError, match='JAX_COORDINATOR_ADDRESS=a:1 .* nothing says how many'):
+    hosts.start()
+
+
+def test_a_cluster_that_cannot_tell_is_one_line(monkeypatch, initialized):
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: int('x'))
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
+  with pytest.raises(ValueError, match='the cluster names: invalid literal .* --processes=1'):
+    hosts.start()

@@ -48,3 +48,11 @@ def test_trees_are_copied_to_some_devices_of_a_mesh(at_most, size):
   copied = meshes.on_own_devices(own, tree)['x']
   assert copied.sharding == meshes.replicated(own)
   np.testing.assert_array_equal(copied, [0, 1, 2])
+
+
+def test_hosts_that_share_devices_unevenly_are_refused(monkeypatch):
+  mesh = meshes.make(meshes.Config(data=3, mode='jit'))
+  meshes.check_hosts(mesh)
+  monkeypatch.setattr(meshes.hosts, 'count', lambda: 2)
+  with pytest.raises(ValueError, match='mesh.data=3 takes 3, 0 devices of 2 hosts.*use -1'):
+    meshes.check_hosts(mesh)
