@@ -15,6 +15,7 @@ from fmzoo import (
   evaluate,
   evaluators,
   hashes,
+  hooks,
   main,
   make_reference,
   pictures,
@@ -159,19 +160,19 @@ def test_protocol_tells_all_that_one_needs_to_measure_it_again(weights, recipe, 
 
 def test_training_goes_on_while_the_host_computes_its_numbers(weights, tmp_path, monkeypatch):
   """The report of step 2 waits for step 4: were it not in a thread, it would wait for ever."""
-  reached, ordinary, saved = threading.Event(), evaluate.report, train.Hooks.__call__
+  reached, ordinary, saved = threading.Event(), evaluate.report, hooks.Hooks.__call__
 
   def report(*args):
     assert reached.wait(timeout=60)
     return ordinary(*args)
 
-  def hooks(self, done, *args, **kwargs):
+  def noted(self, done, *args, **kwargs):
     if done == 4:
       reached.set()
     saved(self, done, *args, **kwargs)
 
   monkeypatch.setattr(evaluate, 'report', report)
-  monkeypatch.setattr(train.Hooks, '__call__', hooks)
+  monkeypatch.setattr(hooks.Hooks, '__call__', noted)
   train.train(recipe_of(weights, eval__every_steps=2), tmp_path)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines if 'eval/fid-20' in line] == [2, 4]
@@ -213,8 +214,8 @@ def test_numbers_under_way_are_kept_when_a_run_fails(weights, tmp_path, monkeypa
     assert done != 4, 'the log fails'
     log(self, done)
 
-  log = train.Hooks.log
-  monkeypatch.setattr(train.Hooks, 'log', fail)
+  log = hooks.Hooks.log
+  monkeypatch.setattr(hooks.Hooks, 'log', fail)
   with pytest.raises(AssertionError, match='the log fails'):
     train.train(recipe_of(weights, eval__every_steps=2), tmp_path)
   assert result(tmp_path)[1]['images']['step'] == 2

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import checkpoint, command_line, sources, train
+from fmzoo import checkpoint, command_line, hooks, sources, train
 from tests import tiny
 from tests.test_resume import arrays, losses
 
@@ -35,7 +35,7 @@ def compiled_once(monkeypatch):
 @pytest.fixture
 def after(monkeypatch):
   """`after(n, act)` has `act()` run once step n is done, before its hooks and between saves."""
-  acts, call = {}, train.Hooks.__call__
+  acts, call = {}, hooks.Hooks.__call__
 
   def call_after(hooks, done, *args):
     if done in acts:
@@ -44,7 +44,7 @@ def after(monkeypatch):
       acts.pop(done)()
     call(hooks, done, *args)
 
-  monkeypatch.setattr(train.Hooks, '__call__', call_after)
+  monkeypatch.setattr(hooks.Hooks, '__call__', call_after)
   return acts.__setitem__
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo import command_line, main, pictures, sampler, train
+from fmzoo import command_line, hooks, main, pictures, sampler, train
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -259,7 +259,6 @@ def test_every_command_and_flag_is_in_the_help(capsys):
 
 def test_stopped_early_or_interrupted_is_told_by_the_exit_status(monkeypatch, capsys):
   """What has to start again sees 143 after SIGTERM and 130 after Ctrl-C, and 0 at the end."""
-  from fmzoo import train
 
   def interrupt(*_):
     raise KeyboardInterrupt
@@ -298,7 +297,7 @@ def test_cifar10_from_training_to_pictures_and_official_weights(
   recipe = tiny.recipe('soflow_unet', mesh__data=1, log__preview_every_steps=2)
   for folder in (workdir, again):
     folder.mkdir()
-    train.write_config(recipe, folder)
+    hooks.write_config(recipe, folder)
   files = [tmp_path / name for name in ('one.safetensors', 'two.safetensors')]
   for arguments in (
     ('train', f'--workdir={workdir}', '--config.run.steps=2'),

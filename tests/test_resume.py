@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import build, checkpoint, command_line, encoders, evaluate, train
+from fmzoo import build, checkpoint, command_line, encoders, evaluate, hooks, train
 from tests import tiny
 from tests.test_checkpoint import flip
 
@@ -79,7 +79,7 @@ def test_results_lost_with_the_last_process_are_made_up_for(tmp_path):
     'fm', mesh__data=1, run__steps=2, eval__name='digits', log__preview_every_steps=2
   )
   with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(train.Hooks, 'preview', lambda self, done, state: 1 / 0)
+    monkeypatch.setattr(hooks.Hooks, 'preview', lambda self, done, state: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       train.train(recipe, tmp_path)
   results = tmp_path / 'evaluations' / evaluate.result_name(recipe, 2, 'ema')

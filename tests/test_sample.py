@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import convert_weights, evaluate, make_reference, partial, sample, train
+from fmzoo import convert_weights, evaluate, hooks, make_reference, partial, sample
 from fmzoo import sampler as samplers
 from fmzoo.parallel import mesh as meshes
 from tests import test_evaluate, tiny
@@ -82,7 +82,7 @@ def made(workdir, seed=1, **changes):
   if not (workdir / 'checkpoints').exists():
     params = tiny.warm(tiny.init(recipe), seed)
     with sample.open_checkpoints(recipe, workdir, read_only=False) as checkpoints:
-      train.write_config(recipe, workdir)
+      hooks.write_config(recipe, workdir)
       checkpoints.save(0, convert_weights.Weights(jax.device_put(params)))
   return recipe
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmzoo import checkpoint, evaluate, sample, step, train
+from fmzoo import checkpoint, evaluate, hooks, sample, step, train
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
@@ -76,7 +76,7 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
     return recipe.method.loss(*args)
 
   watched = dataclasses.replace(recipe, method=recipe.method._replace(loss=counted))
-  compile_ahead, log_hook = meshes.compile_ahead, train.Hooks.log
+  compile_ahead, log_hook = meshes.compile_ahead, hooks.Hooks.log
 
   def compile_opaque(*args):
     run = compile_ahead(*args)
@@ -95,11 +95,11 @@ def test_one_compilation_one_dispatch_no_sync(mode, tmp_path, monkeypatch):
     log_hook(self, done)
 
   monkeypatch.setattr(meshes, 'compile_ahead', compile_opaque)
-  monkeypatch.setattr(train.Hooks, 'log', log)
+  monkeypatch.setattr(hooks.Hooks, 'log', log)
   monkeypatch.setattr(
     checkpoint.Checkpoints, 'save', lambda self, done, state: calls.update(saved=done)
   )
-  monkeypatch.setattr(train.Hooks, 'preview', lambda self, done, state: None)
+  monkeypatch.setattr(hooks.Hooks, 'preview', lambda self, done, state: None)
   monkeypatch.setattr(step, 'ema_params', lambda state: None)
   train.train(watched, tmp_path)
   assert calls == {'trace': 1, 'step': 7, 'saved': 7}

@@ -140,7 +140,7 @@ def run(argv):
     if step == 5:
       print('met', file=sys.stderr, flush=True)
       if what == 'refuse' and not hosts.is_main():
-        mesh.make(mesh.Config(data=-2, mode='jit'))
+        mesh.make(mesh.Config(data=-2, fsdp=1, segment=1, mode='jit'))
 
 main.run = run
 sys.exit(main.cli())

@@ -51,8 +51,8 @@ def test_trees_are_copied_to_some_devices_of_a_mesh(at_most, size):
 
 
 def test_hosts_that_share_devices_unevenly_are_refused(monkeypatch):
-  mesh = meshes.make(meshes.Config(data=3, mode='jit'))
+  mesh = tiny.mesh(3)
   meshes.check_hosts(mesh)
   monkeypatch.setattr(meshes.hosts, 'count', lambda: 2)
-  with pytest.raises(ValueError, match='mesh.data=3 takes 3, 0 devices of 2 hosts.*use -1'):
+  with pytest.raises(ValueError, match='mesh of 3 devices takes 3, 0 of 2 hosts.*mesh.data=-1'):
     meshes.check_hosts(mesh)
