@@ -31,14 +31,15 @@ compiler leaves to a program. Traffic is that of the compiled program, as
 `fmzoo/parallel/collectives.py` defines its bytes. Written by `bash launch/plans.sh`.
 END
   plan configs/bfm_xl.py v5e:2x4 --config.data.batch_size=240
-  for topology in v4:2x2x4 v5p:2x2x2 v6e:2x4 v5e:16x16; do
-    plan configs/bfm_xl.py "$topology" --nosampler
-  done
-  plan configs/bfm_xl.py v5e:4x6 --config.data.batch_size=1440 --config.mesh.segment=6 --nosampler
-  plan configs/bfm_xl.py v6e:2x4 --config.mesh.segment=2 --nosampler
-  plan configs/soflow.py:xl2 v5e:2x4
-  for topology in v4:2x2x4 v5p:2x2x2 v6e:2x4 v5e:16x16; do
-    plan configs/soflow.py:xl2 "$topology" --nosampler
-  done
+  plan configs/bfm_xl.py v4:2x2x4 --nosampler
+  plan configs/bfm_xl.py v5p:2x2x2 --nosampler
+  plan configs/bfm_xl.py v6e:2x4 --config.mesh.fsdp=8 --nosampler
+  plan configs/bfm_xl.py v5e:16x16 --config.mesh.fsdp=8 --nosampler
+  plan configs/bfm_xl.py v5e:4x6 --config.data.batch_size=720 --config.mesh.segment=6 --nosampler
+  plan configs/soflow.py:xl2 v5e:2x4 --config.mesh.fsdp=8
+  plan configs/soflow.py:xl2 v4:2x2x4 --config.mesh.fsdp=4 --nosampler
+  plan configs/soflow.py:xl2 v5p:2x2x2 --nosampler
+  plan configs/soflow.py:xl2 v6e:2x4 --config.mesh.fsdp=8 --nosampler
+  plan configs/soflow.py:xl2 v5e:16x16 --config.data.batch_size=1024 --config.mesh.fsdp=8 --nosampler
 } > docs/plans.md.new
 mv docs/plans.md.new docs/plans.md

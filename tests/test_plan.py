@@ -90,6 +90,13 @@ def test_a_mesh_is_found_where_memory_is_short(memory, capsys):
   assert 'all-gather' in kinds and [row[0] for row in first['collectives']] == ['all-reduce']
 
 
+def test_flops_are_those_of_one_device():
+  recipe = tiny.recipe('fm', data__batch_size=8, sample__batch_size=8, sample__num_images=8)
+  for planned in (plan.training_step, plan.sampler):
+    one, four = (planned(recipe, jax.devices()[:n], None).flops for n in (1, 4))
+    assert one == 4 * four > 0
+
+
 def test_where_nothing_fits_it_says_so(memory, capsys):
   memory(1000)
   assert not plan.plan(tiny.recipe('fm', data__batch_size=8), 'cpu:2')

@@ -70,7 +70,9 @@ WORKER = """
 import os, signal, sys, time
 import jax
 import numpy as np
-from fmzoo.parallel import hosts
+from jax.experimental import multihost_utils
+from fmzoo.parallel import batch, hosts
+from fmzoo.parallel import mesh as meshes
 
 jax.distributed.initialize('localhost:' + sys.argv[1], 2, int(sys.argv[2]))
 print('agree', hosts.all_agree(True), hosts.all_agree(hosts.is_main()), flush=True)
@@ -78,6 +80,11 @@ hosts.GATHERED, index = 100, jax.process_index()  # bytes: what follows takes se
 for tree in hosts.gather((np.arange(3 + 20 * index) / 3, {'n': 2**40 + index})):
   values, number = tree[0], tree[1]['n'] - 2**40
   print('gathered', len(values), values[2] == 2 / 3, values.dtype, number, flush=True)
+for axes in ({'data': 2, 'segment': 1}, {'data': 1, 'segment': 2}):
+  mesh = meshes.make(meshes.Config(**axes, fsdp=1, mode='jit'))
+  own = meshes.places(mesh, 8)
+  rows = multihost_utils.process_allgather(batch.to_devices(own, mesh, 'jit'), tiled=True)
+  print('places', [places.tolist() for places in hosts.gather(own)], rows.tolist(), flush=True)
 with hosts.Preemption() as preemption:
   hosts.barrier('ready')
   for step in range(1000):
@@ -122,7 +129,8 @@ def test_two_processes_agree_gather_and_stop_at_the_same_step(port):
   assert lines[0] == lines[1]
   assert lines[0][0] == 'agree True False'
   assert lines[0][1:3] == ['gathered 3 True float64 0', 'gathered 23 True float64 1']
-  assert lines[0][3].startswith('stopped ') and int(lines[0][3].split()[1]) >= 5
+  assert lines[0][3:5] == ['places [[0, 1, 2, 3], [4, 5, 6, 7]] [0, 1, 2, 3, 4, 5, 6, 7]'] * 2
+  assert lines[0][5].startswith('stopped ') and int(lines[0][5].split()[1]) >= 5
 
 
 FAILING = """
