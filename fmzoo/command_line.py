@@ -51,7 +51,7 @@ commands
   prepare    pictures (--from) to latents in data.path, as the recipe needs them; again: goes on
   convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
   plan       compiles training step and sampler for a TPU slice (--topology): memory, FLOPs,
-             traffic between chips; needs no TPU and no data
+             traffic between chips; needs no TPU and no data; exit status 3 if nothing fits
   bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
 
 flags

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from fmzoo import hooks, sample
+from fmzoo import files, sample
 from fmzoo.convert import bfm, names, soflow, soflow_unet, weights
 
 CONVERTERS = {  # (method, network): names and layouts of its official weights
@@ -56,7 +56,7 @@ def import_weights(recipe, workdir, path):
   _expect_fresh(recipe, workdir)
   params = read_official(path, recipe)
   with sample.open_checkpoints(recipe, workdir, read_only=False) as checkpoints:
-    hooks.write_config(recipe, workdir)
+    files.write_config(workdir, recipe.config)
     checkpoints.save(STEP, Weights(params))
   logging.info(
     'checkpoint of step %d: %s; images of it: python -m fmzoo.main sample --workdir=%s',

@@ -54,6 +54,11 @@ def write_json(path, values):
     file.write((json.dumps(values, indent=2) + '\n').encode())
 
 
+def write_config(workdir, config):
+  """Writes the config.json of a workdir, by which other commands know the run: a dict."""
+  write_json(pathlib.Path(workdir) / 'config.json', config)
+
+
 def read_json(path):
   """Returns what `write_json` wrote.
 

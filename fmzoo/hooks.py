@@ -20,11 +20,6 @@ from fmzoo.parallel import mesh as meshes
 SLOW_DATA = 0.2  # share of the time spent waiting for data from which on it is told
 
 
-def write_config(recipe, workdir):
-  """Writes the workdir's config.json, by which other commands know the run."""
-  files.write_json(pathlib.Path(workdir) / 'config.json', recipe.config)
-
-
 class NotFinite(ValueError):
   """Too many steps in a row had a loss or a gradient that is not finite."""
 
@@ -87,7 +82,7 @@ class Hooks:
         '%s/config.json is gone, was the folder moved or removed? Training goes on, what it writes'
         ' from now on is there', self.workdir
       )
-      write_config(self.recipe, self.workdir)
+      files.write_config(self.workdir, self.recipe.config)
 
   def rescue(self, state, error):
     """Saves the good state that a failure leaves in memory; says where the same command goes on.

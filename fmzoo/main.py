@@ -9,7 +9,7 @@ from fmzoo import command_line
 from fmzoo.parallel import ends
 
 STOPPED = 128 + signal.SIGTERM  # exit status where SIGTERM ended a command early, all of it saved
-DOES_NOT_FIT = 3  # exit status of a plan without a layout that fits
+DOES_NOT_FIT = 3  # of a plan without a layout that fits
 INTERRUPTED = 128 + signal.SIGINT  # of Ctrl-C
 REFUSED = 2  # bad input
 FAULT = 1  # python's own, of what nobody expected
@@ -115,7 +115,7 @@ def _without_accelerators(topology):
                  'TPU_ACCELERATOR_TYPE': 'v5litepod-8'}
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # it only compiles
   kind, _, count = topology.partition(':')
-  if kind == 'cpu' and count.isdecimal():
+  if kind == 'cpu' and count.isdecimal() and int(count):
     os.environ['JAX_NUM_CPU_DEVICES'] = count
 
 

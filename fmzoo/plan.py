@@ -15,13 +15,17 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from fmzoo import build, cost, sources, train
+from fmzoo import build, cost, sample, sources, train
 from fmzoo import sampler as samplers
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import chips, collectives
 from fmzoo.parallel import mesh as meshes
 
-KEYS = ('mesh.segment', 'mesh.fsdp', 'model.remat', 'optim.accumulate_steps')  # that save memory
+KEYS = (  # that save memory
+  'mesh.data', 'mesh.segment', 'mesh.fsdp', 'model.remat', 'optim.accumulate_steps',
+)
+FACTORS = (2, 4, 8, 16, 32)  # of micro-batches that are tried
+REMAT = 4  # parts of the activations of which one is left if the others are computed again
 DAY = 86_400  # seconds
 
 
@@ -33,11 +37,12 @@ class Program:
   mesh: dict  # {axis: devices}
   settings: dict  # {key: value} of those KEYS that the recipe has
   rows: int  # global batch, or images
+  parameter_bytes: int  # of the state
   state_bytes: int  # parameters, optimiser state and EMA; the sampler's parameters
   work_bytes: int  # beside that: batch, activations, gradients
   available_bytes: int | None  # that a program may use; None where nobody can tell
   flops: float  # of matrix products and convolutions, recomputation included
-  collectives: list  # of parallel.collectives.Collective; None if it was not compiled
+  collectives: list | None  # of parallel.collectives.Collective; None if it was not compiled
   compile_seconds: float
 
   @property
@@ -50,9 +55,16 @@ class Program:
     """Whether a device has that much; None where nobody can tell."""
     return None if self.available_bytes is None else self.needed_bytes <= self.available_bytes
 
+  @property
+  def lacking_bytes(self):
+    """How much more it takes than a device has; 0 if it fits or nobody can tell."""
+    return 0 if self.fits is not False else self.needed_bytes - self.available_bytes
+
 
 def plan(recipe, topology, *, mfu=None, as_json=False, with_sampler=True):
   """Compiles the training step and the sampler of a recipe for a slice, and prints a table.
+
+  The sampler is the network's: a VAE after it is left out.
 
   Args:
     recipe: build.Recipe.
@@ -68,43 +80,55 @@ def plan(recipe, topology, *, mfu=None, as_json=False, with_sampler=True):
   Raises:
     ValueError: one line, if the slice is not known or cannot be compiled for.
   """
-  if mfu is not None and not 0 < mfu <= 1:
-    raise ValueError(f'--mfu={mfu} must be above 0 and at most 1, such as 0.4')
-  devices = chips.topology(topology)
   chip = chips.CHIPS.get(topology.partition(':')[0])
-  steps = list(_until_it_fits(recipe, devices, chip))
-  last = steps[-1]
-  if last.fits is not False and with_sampler:
-    chosen = build.changed(recipe, {**last.settings, 'mesh.data': last.mesh['data']})
-    programs = [*steps, sampler(chosen, devices, chip)]
-  else:
-    programs = steps
-  days = None
-  if mfu is not None and chip is not None:
-    days = model_flops(recipe) * recipe.run.steps / (chip.flops * len(devices) * mfu) / DAY
+  _check(recipe, mfu, chip)
+  devices = chips.topology(topology)
+  programs = [training_step(recipe, devices, chip)]
+  known = [] if programs[0].fits is not False else remedies(recipe, devices, programs[0])
+  for kind, changes, _ in known:
+    if programs[-1].fits is not False or 'data.batch_size' in changes:
+      break  # a batch of another size learns something else: that is for others to decide
+    logging.info('it does not fit; %s, by arithmetic the next best, is tried', kind)
+    programs.append(training_step(build.changed(recipe, changes), devices, chip))
+  fits = programs[-1].fits is not False
   about = {
     'topology': topology, 'devices': len(devices), 'parameters': num_parameters(recipe),
-    'steps': recipe.run.steps, 'mfu': mfu, 'days': days,
+    'steps': recipe.run.steps, 'mfu': mfu, 'days': _days(recipe, len(devices), chip, mfu),
+    'advice': _advice(programs, known),
   }
+  if fits and with_sampler:
+    programs.append(sampler(recipe, devices, chip))
   if as_json:
-    rows = [dataclasses.asdict(p) | {'fits': p.fits} for p in programs]
-    print(json.dumps(about | {'programs': rows}, indent=2))
+    print(json.dumps(about | {'programs': [_plain(program) for program in programs]}, indent=2))
   else:
     print(*table(recipe, about, programs), sep='\n')
-  return last.fits is not False
+  return fits
 
 
-def _until_it_fits(recipe, devices, chip):
-  """Yields the step as configured and, where it does not fit, others up to one that does."""
-  first = training_step(recipe, devices, chip)
-  yield first
-  if first.fits is not False:
-    return
-  for changes in remedies(recipe, devices, first):
-    tried = training_step(build.changed(recipe, changes), devices, chip)
-    yield tried
-    if tried.fits:
-      return
+def _check(recipe, mfu, chip):
+  """Refuses what cannot be planned."""
+  if mfu is not None and not 0 < mfu <= 1:
+    raise ValueError(f'--mfu={mfu} must be above 0 and at most 1, such as 0.4')
+  if mfu is not None and chip is None:
+    raise ValueError(f'--mfu={mfu} needs chips whose peak is known, found a CPU; drop it')
+  if recipe.mesh.mode != 'jit':
+    raise ValueError(f"mesh.mode='{recipe.mesh.mode}' is not planned; use 'jit', its equal")
+
+
+def _days(recipe, count, chip, mfu):
+  """Returns days of training at a share of the peak of `count` chips, None without a share."""
+  if mfu is None:
+    return None
+  return model_flops(recipe) * recipe.run.steps / (chip.flops * count * mfu) / DAY
+
+
+def _plain(program):
+  """Returns a program as JSON knows it."""
+  found = program.collectives
+  return dataclasses.asdict(program) | {
+    'fits': program.fits, 'lacking_bytes': program.lacking_bytes,
+    'collectives': None if found is None else [row._asdict() for row in found],
+  }
 
 
 def training_step(recipe, devices, chip):
@@ -127,22 +151,23 @@ def training_step(recipe, devices, chip):
   )
   return _compiled(
     function, (state, batch, frozen), chip, name='training step', mesh=dict(mesh.shape),
-    settings=settings_of(recipe), rows=size, state_bytes=bytes_of(state),
-    flops=flops / mesh.size,
+    settings=settings_of(recipe), rows=size, parameter_bytes=bytes_of(state.params),
+    state_bytes=bytes_of(state), flops=flops / mesh.size,
   )
 
 
 def sampler(recipe, devices, chip):
   """Compiles the sampler of a recipe and returns its Program; every device has all parameters."""
   mesh = meshes.flat(recipe.mesh, devices)
-  made = samplers.Sampler(recipe, mesh)
-  size = math.ceil(min(recipe.sample.batch_size, recipe.sample.num_images) / mesh.size) * mesh.size
+  made = samplers.Sampler(build.changed(recipe, {'data.vae': ''}), mesh)
+  size = sample.chunk_rows(recipe, recipe.sample.num_images) * mesh.size
   params = jax.eval_shape(recipe.method.init, jax.random.key(0))
   indices = jax.ShapeDtypeStruct((size,), jnp.int32)
   flops = cost.matmul_flops(made.run, params, 0, indices, indices)
   return _compiled(
     made.run, (params, 0, indices, indices), chip, name='sampler', mesh=dict(mesh.shape),
-    settings={}, rows=size, state_bytes=bytes_of(params), flops=flops,  # of one device's part
+    settings={}, rows=size, parameter_bytes=bytes_of(params), state_bytes=bytes_of(params),
+    flops=flops,  # of one device's part
   )
 
 
@@ -173,55 +198,82 @@ def _compiled(function, args, chip, *, name, mesh, state_bytes, **known):
 
 
 def remedies(recipe, devices, first):
-  """Yields {dotted key: value} of layouts that should fit, one of a kind, the plainest first.
+  """Returns what should fit, one of a kind, the plainest first: [(kind, changes, bytes)].
 
   Args:
     recipe: build.Recipe whose step does not fit.
     devices: of the slice.
     first: its Program.
+
+  Returns:
+    Kinds in words, changes {dotted key: value}, and what a device then needs by arithmetic. If
+    nothing should fit, the one that comes nearest.
   """
-  for kind, expected in itertools.groupby(
-    estimates(recipe, devices, first), key=lambda found: found[0]
-  ):
-    for _, changes, needed in expected:
-      if needed <= first.available_bytes:
-        logging.info('it does not fit; %s may, tried next', kind)
-        yield changes
-        break
+  expected = list(estimates(recipe, devices, first))
+  fitting = {}
+  for kind, changes, needed in expected:
+    if needed <= first.available_bytes:
+      fitting.setdefault(kind, (kind, changes, needed))
+  nearest = sorted(expected, key=lambda found: found[2])[:1]
+  return list(fitting.values()) or nearest
 
 
 def estimates(recipe, devices, first):
-  """Yields (kind, {dotted key: value}, bytes a device then needs by arithmetic).
+  """Yields (kind, {dotted key: value}, bytes that a device then needs by arithmetic).
 
-  State is known to the byte for any mesh; what else a step needs is taken to stay as it is where
-  the state is cut, and to shrink with the rows of a micro-batch.
+  State and gradients are known to the byte for any mesh; the rest is taken for activations, which
+  stay as they are where the state is cut, and shrink with the rows of a micro-batch.
   """
-  if first.settings.get('model.remat') is False:
-    yield 'model.remat', {'model.remat': True}, first.state_bytes + first.work_bytes // 4
+  remat = {'model.remat': True} if first.settings.get('model.remat') is False else None
+  whole = [('', {}, first.state_bytes, first.parameter_bytes)]
+  cuts = list(_cuts(recipe, devices))
+  activations = max(first.work_bytes - first.parameter_bytes, 0)
+  savings = [('', {}, 1)]
+  if remat:
+    savings.append(('model.remat', remat, REMAT))
+  count = recipe.optim.accumulate_steps
+  micro = [
+    ('optim.accumulate_steps', {'optim.accumulate_steps': count * factor}, factor)
+    for factor in FACTORS
+  ]
+  both = [(f'model.remat and {kind}', remat | changes, REMAT * factor)
+          for kind, changes, factor in micro] if remat else []
+  plain = [(whole, savings[1:]), (cuts, savings), (whole, micro), (cuts, [*micro, *both])]
+  for pair in plain:
+    for (cut, axes, state, gradients), (kind, changes, factor) in itertools.product(*pair):
+      if _divides(recipe, axes | changes, devices):
+        kinds = ' and '.join(filter(None, (cut, kind)))
+        yield kinds, axes | changes, state + gradients + activations // factor
+  for factor in FACTORS:
+    size = recipe.data.batch_size // factor
+    if _divides(recipe, {'data.batch_size': size}, devices):
+      needed = first.state_bytes + first.parameter_bytes + activations // factor
+      yield 'data.batch_size', {'data.batch_size': size}, needed
+
+
+def _cuts(recipe, devices):
+  """Yields (kind, {mesh key: value}, bytes of state, of parameters) of other meshes."""
   divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
   segments = [n for n in divisors if getattr(recipe.network, 'segments', 1) % n == 0]
-  axes = [('mesh.fsdp', fsdp, 1) for fsdp in divisors[1:]]
-  axes += [('mesh.segment', 1, segment) for segment in segments[1:]]
-  axes += [('mesh.segment and mesh.fsdp', fsdp, segment) for segment in segments[1:]
-           for fsdp in divisors[1:] if len(devices) % (segment * fsdp) == 0]
-  for kind, fsdp, segment in axes:
+  axes = [(fsdp, 1) for fsdp in divisors[1:]]
+  axes += [(1, segment) for segment in segments[1:]]
+  axes += [(fsdp, segment) for segment in segments[1:] for fsdp in divisors[1:]
+           if len(devices) % (segment * fsdp) == 0]
+  for fsdp, segment in axes:
+    names = [name for name, size in (('mesh.segment', segment), ('mesh.fsdp', fsdp)) if size > 1]
     changes = {'mesh.data': -1, 'mesh.fsdp': fsdp, 'mesh.segment': segment}
-    if (changed := _changed(recipe, changes, devices)) is not None:
-      state = train.abstract_state(changed, meshes.make(changed.mesh, devices))
-      yield kind, changes, bytes_of(state) + first.work_bytes
-  count = recipe.optim.accumulate_steps
-  for factor in (2, 4, 8, 16, 32):
-    changes = {'optim.accumulate_steps': count * factor}
-    if _changed(recipe, changes, devices) is not None:
-      yield 'optim.accumulate_steps', changes, first.state_bytes + first.work_bytes // factor
+    changed = build.changed(recipe, changes)
+    state = train.abstract_state(changed, meshes.make(changed.mesh, devices))
+    yield ' and '.join(names), changes, bytes_of(state), bytes_of(state.params)
 
 
-def _changed(recipe, changes, devices):
-  """Returns the recipe with changes, or None if its batch cannot be split so."""
+def _divides(recipe, changes, devices):
+  """Says whether the batch can be split after changes."""
+  if changes.get('data.batch_size') == 0:
+    return False
   changed = build.changed(recipe, changes)
-  mesh = meshes.make(changed.mesh, devices)
-  parts = mesh.size // changed.mesh.segment * changed.optim.accumulate_steps
-  return None if changed.data.batch_size % (parts * changed.method.period) else changed
+  mesh, steps = meshes.make(changed.mesh, devices), changed.optim.accumulate_steps
+  return changed.data.batch_size % meshes.batch_unit(mesh, changed.method.period, steps) == 0
 
 
 def settings_of(recipe):
@@ -263,9 +315,9 @@ def table(recipe, about, programs):
   lines = [
     f"{name} on {about['topology']}, {about['devices']} devices; bytes are of one device, GB = 1e9",
     '',
-    '| program | rows | mesh | settings | state | work | needed | available | fits |'
+    '| program | rows | mesh | settings | parameters | state | work | needed | available | fits |'
     ' TFLOP | sent in a call | compiled in |',
-    '|' + '---|' * 12,
+    '|' + '---|' * 13,
   ]
   for program in programs:
     mesh = ' '.join(f'{axis}={size}' for axis, size in program.mesh.items() if size > 1)
@@ -273,7 +325,9 @@ def table(recipe, about, programs):
       f'{key.split(".")[1]}={value}' for key, value in program.settings.items()
       if not key.startswith('mesh.') and value not in (1, False)
     )
-    sizes = (program.state_bytes, program.work_bytes, program.needed_bytes)
+    sizes = (
+      program.parameter_bytes, program.state_bytes, program.work_bytes, program.needed_bytes
+    )
     cells = [
       program.name, f'{program.rows}', mesh or 'one device', chosen,
       *(f'{size / 1e9:.3g}' for size in sizes),
@@ -283,7 +337,13 @@ def table(recipe, about, programs):
       f'{program.compile_seconds:.0f} s',
     ]
     lines.append(f'| {" | ".join(cells)} |')
-  return [*lines, '', *_advice(programs, about)]
+  lines += ['', *about['advice']]
+  if about['days'] is not None:
+    lines.append(
+      f"{about['steps']:,} steps take {about['days']:.3g} days if {about['mfu']:.0%} of the chips'"
+      ' peak is reached, which is an assumption and no measurement.'
+    )
+  return lines
 
 
 def _sent(found):
@@ -296,28 +356,36 @@ def _sent(found):
   ) or 'nothing'
 
 
-def _advice(programs, about):
-  """Returns what follows from a plan, as lines."""
-  first, *others = [program for program in programs if program.name == 'training step']
-  lines, last = [], (others or [first])[-1]
-  if first.fits is False:
-    over = (first.needed_bytes - first.available_bytes) / 1e9
-    lines.append(f'As configured the training step lacks {over:.3g} GB on each device.')
-    if last.fits:
-      flags = ' '.join(
-        f'--config.{key}={value}' for key, value in last.settings.items()
-        if value != first.settings[key]
-      )
-      lines.append(f'It fits with {flags}')
-    else:
-      lines.append(
-        'No layout fits that divides these devices: use a smaller data.batch_size or a larger slice'
-      )
-  elif first.fits:
-    lines.append('It fits as configured.')
-  if about['days'] is not None:
+def _advice(programs, known):
+  """Returns what follows from the training steps of a plan, as lines.
+
+  Args:
+    programs: as configured, and those tried after it.
+    known: `remedies`.
+  """
+  first, last = programs[0], programs[-1]
+  if first.fits is not False:
+    return ['It fits as configured.'] if first.fits else []
+  lines = [
+    f'As configured the training step lacks {first.lacking_bytes / 1e9:.3g} GB on each device.'
+  ]
+  tried = {kind for kind, _, _ in known[: len(programs) - 1]}
+  if last.fits:
+    changes = known[len(programs) - 2][1]
+    lines.append(f'It fits with {_flags(changes)}')
+  else:
     lines.append(
-      f"{about['steps']:,} steps take {about['days']:.3g} days if {about['mfu']:.0%} of the chips'"
-      ' peak is reached, which is an assumption and no measurement.'
+      'None of what was tried fits: use a smaller data.batch_size or a larger slice.'
     )
+  others = [
+    f'{_flags(changes)} ({needed / 1e9:.3g} GB)' for kind, changes, needed in known
+    if kind not in tried and needed <= first.available_bytes
+  ]
+  if others:
+    lines.append(f"By arithmetic these should fit, too: {'; '.join(others)}")
   return lines
+
+
+def _flags(changes):
+  """Returns changes as flags of the command line."""
+  return ' '.join(f'--config.{key}={value}' for key, value in changes.items())

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, sample, sources, step
+from fmzoo import build, files, sample, sources, step
 from fmzoo import evaluate as evaluation
 from fmzoo import hooks as hooking
 from fmzoo import rows as row_order
@@ -52,7 +52,7 @@ def train(recipe, workdir):
     train_step = compile_step(recipe, mesh, inputs, frozen, row)
     state, start = restore_or_init(recipe, mesh, checkpoints)
     if hosts.is_main():
-      hooking.write_config(recipe, workdir)
+      files.write_config(workdir, recipe.config)
     source = stack.enter_context(contextlib.closing(pipeline.batches(
       rows, batch_size=recipe.data.batch_size, seed=settings.seed, start_step=start,
       own=own_rows(recipe, mesh), num_threads=recipe.data.num_threads,

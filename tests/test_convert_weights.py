@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fmzoo import build, command_line, convert_weights, evaluate, hooks, main, sample, step, train
+from fmzoo import build, command_line, convert_weights, evaluate, files, main, sample, step, train
 from fmzoo.parallel import mesh as meshes
 from tests import tiny, torch_pickle
 
@@ -33,7 +33,7 @@ def official(path, method, **changes):
 def prepared(workdir, recipe):
   """Makes a workdir that holds the recipe alone."""
   workdir.mkdir()
-  hooks.write_config(recipe, workdir)
+  files.write_config(workdir, recipe.config)
   return workdir
 
 

@@ -230,8 +230,8 @@ def test_record_that_cannot_be_read_costs_no_steps(tmp_path, monkeypatch, whole)
 def test_waiting_for_data_is_told_once(tmp_path, monkeypatch):
   """Not of the first log step, in which readers start."""
   told = []
-  monkeypatch.setattr(train, 'SLOW_DATA', 0.0)
-  monkeypatch.setattr(train.logging, 'warning', lambda text, *args: told.append(text % args))
+  monkeypatch.setattr(hooks, 'SLOW_DATA', 0.0)
+  monkeypatch.setattr(hooks.logging, 'warning', lambda text, *args: told.append(text % args))
   train.train(short(data__num_threads=0), tmp_path)
   waited = [line for line in told if 'waiting for data; more data.num_threads (0)' in line]
   assert len(waited) == 1 and waited[0].startswith('step 2: ')

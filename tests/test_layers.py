@@ -80,15 +80,15 @@ ALLOWED = {
     'fmzoo.data.images', 'fmzoo.evaluators', 'fmzoo.files', 'fmzoo.hashes', 'fmzoo.metrics',
     'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
-    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.hooks', 'fmzoo.parallel', 'fmzoo.rows',
-    'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step'}),
+    'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.hooks', 'fmzoo.parallel',
+    'fmzoo.rows', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step'}),
   'fmzoo.hooks': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol', 'fmzoo.parallel', 'fmzoo.pictures',
     'fmzoo.sampler', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.plan': ({'jax', 'absl'}, {
-    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.sampler', 'fmzoo.sources',
-    'fmzoo.train'}),
-  'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.hooks', 'fmzoo.sample'}),
+    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.sample', 'fmzoo.sampler',
+    'fmzoo.sources', 'fmzoo.train'}),
+  'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.files', 'fmzoo.sample'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',

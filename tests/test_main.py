@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo import command_line, hooks, main, pictures, sampler, train
+from fmzoo import command_line, files, main, pictures, sampler, train
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -297,18 +297,18 @@ def test_cifar10_from_training_to_pictures_and_official_weights(
   recipe = tiny.recipe('soflow_unet', mesh__data=1, log__preview_every_steps=2)
   for folder in (workdir, again):
     folder.mkdir()
-    hooks.write_config(recipe, folder)
-  files = [tmp_path / name for name in ('one.safetensors', 'two.safetensors')]
+    files.write_config(folder, recipe.config)
+  weights = [tmp_path / name for name in ('one.safetensors', 'two.safetensors')]
   for arguments in (
     ('train', f'--workdir={workdir}', '--config.run.steps=2'),
     ('sample', f'--workdir={workdir}', '--config.sample.num_images=10'),
-    ('convert', f'--workdir={workdir}', f'--export={files[0]}'),
-    ('convert', f'--workdir={again}', f'--weights={files[0]}'),
-    ('convert', f'--workdir={again}', f'--export={files[1]}'),
+    ('convert', f'--workdir={workdir}', f'--export={weights[0]}'),
+    ('convert', f'--workdir={again}', f'--weights={weights[0]}'),
+    ('convert', f'--workdir={again}', f'--export={weights[1]}'),
   ):
     status, lines = call(monkeypatch, capsys, *arguments)
     assert status == 0, lines
-  assert files[0].read_bytes() == files[1].read_bytes()
+  assert weights[0].read_bytes() == weights[1].read_bytes()
   mode, preview = png(workdir / 'samples' / 'step_0000002.png')
   assert mode == 'RGB' and preview.shape == (68, 662, 3)  # ten pictures, each twice its size
   assert (preview[2:66, 2:66].std(axis=(0, 1)) > 50).all()  # noise in every colour, and not grey

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmzoo import checkpoint, hooks, main, paths, pictures, sample, step, writer
+from fmzoo import checkpoint, files, main, paths, pictures, sample, step, writer
 from fmzoo.data import cifar10, latents, shards
 from fmzoo.data import images as image_sources
 from fmzoo.metrics import protocol
@@ -239,7 +238,7 @@ def test_results_behind_a_link_replace_and_keep_what_was_there(linked, tensorflo
   with Image.open(workdir / 'samples' / 'x.png') as picture:
     np.testing.assert_array_equal(np.asarray(picture), pictures.grid(images, 2)[..., 0])
   for text in ('a', 'b'):
-    hooks.write_config(SimpleNamespace(config={'run': text}), workdir)
+    files.write_config(workdir, {'run': text})
     protocol.write_result(workdir / 'evaluations' / 'x', {'accuracy': 1.0}, {'of': text})
   assert json.loads((workdir / 'config.json').read_text()) == {'run': 'b'}
   results = workdir / 'evaluations' / 'x'

@@ -67,11 +67,28 @@ def test_state_is_counted_to_the_byte(memory):
 
 def test_what_fits_is_not_changed(memory, capsys):
   memory(2**34)
-  assert plan.plan(tiny.recipe('fm'), 'cpu:2', mfu=0.5)
+  assert plan.plan(tiny.recipe('fm', mesh__data=2), 'cpu:2', mfu=0.5)
   lines = capsys.readouterr().out.splitlines()
   assert [line.split(' | ')[0] for line in lines[4:6]] == ['| training step', '| sampler']
   assert 'It fits as configured.' in lines
   assert 'days if 50% of' in lines[-1]
+
+
+def first_line(found):
+  return next(line for line in found['advice'] if line.startswith('It fits'))
+
+
+def test_cuts_and_recomputation_are_combined():
+  """State, gradients and activations of 4, 1 and 3 units, and room for 2."""
+  recipe = tiny.recipe('fm', data__batch_size=8)
+  unit = plan.training_step(recipe, jax.devices()[:1], None).parameter_bytes
+  first = plan.Program(
+    name='training step', mesh={}, settings=plan.settings_of(recipe), rows=8, flops=0,
+    parameter_bytes=unit, state_bytes=4 * unit, work_bytes=4 * unit, available_bytes=2 * unit,
+    collectives=None, compile_seconds=0,
+  )
+  kinds = [kind for kind, _, _ in plan.remedies(recipe, jax.devices(), first)]
+  assert kinds == ['mesh.fsdp and model.remat'] and not recipe.network.remat
 
 
 def test_a_mesh_is_found_where_memory_is_short(memory, capsys):
@@ -81,13 +98,14 @@ def test_a_mesh_is_found_where_memory_is_short(memory, capsys):
   cut = plan.build.changed(recipe, {'mesh.fsdp': 8})
   assert plan.training_step(cut, jax.devices(), None).state_bytes < as_it_is.state_bytes / 4
   memory(as_it_is.needed_bytes - as_it_is.state_bytes // 4)
-  assert plan.plan(recipe, 'cpu:8', as_json=True)
+  assert plan.plan(plan.build.changed(recipe, {'mesh.data': 8}), 'cpu:8', as_json=True)
   found = json.loads(capsys.readouterr().out)
+  assert first_line(found).startswith('It fits with --config.mesh.data=-1 --config.mesh.fsdp=')
   first, *others, sampler = found['programs']
   assert (first['fits'], others[-1]['fits'], sampler['name']) == (False, True, 'sampler')
   assert others[-1]['mesh']['fsdp'] > 1 and math.prod(others[-1]['mesh'].values()) == 8
-  kinds = {row[0] for row in others[-1]['collectives']}
-  assert 'all-gather' in kinds and [row[0] for row in first['collectives']] == ['all-reduce']
+  kinds = {row['kind'] for row in others[-1]['collectives']}
+  assert 'all-gather' in kinds and [row['kind'] for row in first['collectives']] == ['all-reduce']
 
 
 def test_flops_are_those_of_one_device():
@@ -100,7 +118,7 @@ def test_flops_are_those_of_one_device():
 def test_where_nothing_fits_it_says_so(memory, capsys):
   memory(1000)
   assert not plan.plan(tiny.recipe('fm', data__batch_size=8), 'cpu:2')
-  assert 'No layout fits' in capsys.readouterr().out
+  assert 'None of what was tried fits' in capsys.readouterr().out
 
 
 def test_gradients_of_segments_stay_in_their_group():
@@ -132,7 +150,10 @@ def test_a_recipe_is_compiled_for_tpus():
   found = json.loads(done.stdout)
   step, sampler = found['programs']
   assert step['fits'] and step['mesh']['data'] == 4 and found['devices'] == 4
-  reduced = sum(row[3] for row in step['collectives'] if row[:2] == ['all-reduce', 4])
+  reduced = sum(
+    row['bytes'] for row in step['collectives']
+    if (row['kind'], row['group_size']) == ('all-reduce', 4)
+  )
   positions = 16 * 128  # a table that is not trained
   assert reduced == 4 * (found['parameters'] - positions + 1)  # every gradient, and the loss
   assert sampler['collectives'] == []
@@ -142,6 +163,9 @@ def test_a_recipe_is_compiled_for_tpus():
   (['--topology=cpu:3'], 'data.batch_size=128 .* use 126 or 129'),
   (['--topology=v5e:3'], "topology 'v5e:3'"),
   (['--mfu=40'], '--mfu=40.0 must be'),
+  (['--mfu=0.4', '--topology=cpu:2'], '--mfu=0.4 needs chips'),
+  (['--topology=cpu:0'], "topology 'cpu:0'"),
+  (['--config.mesh.mode=pmap'], "mesh.mode='pmap' is not planned"),
   (['--config.mesh.segment=2'], 'mesh.segment=2 .* use 1'),
 ])
 def test_what_cannot_be_planned_is_one_line(flags, words):

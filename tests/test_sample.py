@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import convert_weights, evaluate, hooks, make_reference, partial, sample
+from fmzoo import convert_weights, evaluate, files, make_reference, partial, sample
 from fmzoo import sampler as samplers
 from fmzoo.parallel import mesh as meshes
 from tests import test_evaluate, tiny
@@ -82,12 +82,12 @@ def made(workdir, seed=1, **changes):
   if not (workdir / 'checkpoints').exists():
     params = tiny.warm(tiny.init(recipe), seed)
     with sample.open_checkpoints(recipe, workdir, read_only=False) as checkpoints:
-      hooks.write_config(recipe, workdir)
+      files.write_config(workdir, recipe.config)
       checkpoints.save(0, convert_weights.Weights(jax.device_put(params)))
   return recipe
 
 
-def files(workdir):
+def stored_files(workdir):
   """Returns {name: bytes} of everything in samples/."""
   paths = (path for path in (workdir / 'samples').rglob('*') if path.is_file())
   return {path.name: path.read_bytes() for path in paths}
@@ -124,19 +124,19 @@ def test_the_file_is_the_same_to_the_last_bit(tmp_path, monkeypatch):
   chunk = sorted(partial_folder.glob('0*'))[2]
   chunk.write_bytes(b'damaged')
   sample.sample(made(parts, mesh__data=4, sample__batch_size=7), parts)
-  assert files(parts) == files(whole)
+  assert stored_files(parts) == stored_files(whole)
   fewer = sample.sample(made(parts, mesh__data=3, sample__num_images=12), parts)
   np.testing.assert_array_equal(np.load(fewer)['arr_0'], images[:12])
 
 
 def test_finished_images_are_left_alone_and_get_their_pngs(tmp_path, monkeypatch):
   path = sample.sample(made(tmp_path, mesh__data=1), tmp_path)
-  before = files(tmp_path)
+  before = stored_files(tmp_path)
   stop_after(monkeypatch, 0)
   assert sample.sample(made(tmp_path, mesh__data=2), tmp_path) == path
-  assert files(tmp_path) == before and len(before) == 3
+  assert stored_files(tmp_path) == before and len(before) == 3
   sample.sample(made(tmp_path, mesh__data=1, sample__png_folder=True), tmp_path)
-  after = files(tmp_path)
+  after = stored_files(tmp_path)
   assert {name: after[name] for name in before} == before
   assert set(after) - set(before) == {f'{index:05d}.png' for index in range(53)}
 
@@ -147,10 +147,10 @@ def test_images_of_other_weights_are_refused(tmp_path):
   sample.sample(made(old), old)
   recipe = made(new, seed=2)
   (old / 'samples').rename(new / 'samples')
-  before = files(new)
+  before = stored_files(new)
   with pytest.raises(ValueError, match='weights_sha256 was [0-9a-f]{64} and is now') as error:
     sample.sample(recipe, new)
-  assert '\n' not in str(error.value) and files(new) == before
+  assert '\n' not in str(error.value) and stored_files(new) == before
 
 
 def test_the_record_is_the_protocol(tmp_path):
@@ -201,7 +201,7 @@ def test_a_stopped_process_is_gone_on_with(tmp_path):
   process = command(parts)
   lines = process.communicate(timeout=60)[1]
   assert process.returncode == 0 and uninterrupted.wait(60) == 0, lines
-  assert files(parts) == files(whole) and len(files(whole)) == 3
+  assert stored_files(parts) == stored_files(whole) and len(stored_files(whole)) == 3
 
 
 def test_two_hosts_stop_together(tmp_path):
@@ -266,7 +266,7 @@ def test_two_hosts_write_and_measure_what_one_does(tmp_path, monkeypatch):
     for process in (one, *two):
       process.kill()
   assert [process.returncode for process in (one, *two)] == [0, 0, 0], told
-  assert files(tmp_path / 'two') == files(tmp_path / 'one') != {}
+  assert stored_files(tmp_path / 'two') == stored_files(tmp_path / 'one') != {}
   values = evaluate.evaluate(recipe, tmp_path / 'one')
   (result,) = (tmp_path / 'two' / 'evaluations').glob('*/metrics.json')
   found = json.loads(result.read_text())

@@ -1,6 +1,7 @@
 """The device mesh, and the one place where a step is compiled over it."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -128,7 +129,13 @@ def replicated(mesh):
 
 def whole(tree, mesh):
   """Returns a tree with a whole copy on every device; what is so already is not copied."""
-  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+  return _gathering(replicated(mesh))(tree)
+
+
+@functools.cache
+def _gathering(sharding):
+  """Returns the program of `whole`, one for all calls."""
+  return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def rows_sharded(mesh):
@@ -148,6 +155,13 @@ def places(mesh, batch_size):
   return np.sort(np.concatenate([np.arange(batch_size)[cut] for cut in own]))
 
 
+def batch_unit(mesh, period, accumulate_steps=1):
+  """Returns the rows of which a global batch must be a multiple, see `check_batch`."""
+  if mesh.size * accumulate_steps == 1:
+    return 1
+  return mesh.size // mesh.shape.get('segment', 1) * accumulate_steps * period
+
+
 def check_batch(batch_size, mesh, period, accumulate_steps=1):
   """Refuses a global batch that devices or micro-batches cannot share evenly.
 
@@ -157,12 +171,11 @@ def check_batch(batch_size, mesh, period, accumulate_steps=1):
   Raises:
     ValueError: names the nearest sizes that work.
   """
-  parts = mesh.size // mesh.shape.get('segment', 1) * accumulate_steps
   if batch_size < 1:
     raise ValueError(f'data.batch_size={batch_size} must be at least 1')
-  if mesh.size * accumulate_steps == 1 or batch_size % (parts * period) == 0:
+  unit = batch_unit(mesh, period, accumulate_steps)
+  if batch_size % unit == 0:
     return
-  unit = parts * period
   below = batch_size // unit * unit
   sizes = f'{below} or {below + unit}' if below else f'{unit}'
   raise ValueError(
