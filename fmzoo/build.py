@@ -11,7 +11,6 @@ import typing
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from fmzoo import optimizer, paths
 from fmzoo.methods import base, flow
@@ -229,6 +228,8 @@ def recipe(config):
 
 def changed(recipe_, changes):
   """Returns a recipe with other values, {dotted key: value}, checked like any other."""
+  from ml_collections import ConfigDict  # an accelerator machine may have none
+
   config = ConfigDict(recipe_.config)
   for dotted, value in changes.items():
     section, key = dotted.split('.')

@@ -84,9 +84,11 @@ flags
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
              parameters of --workdir if it has a checkpoint, else random ones (bench)
   --loader   in place of that: how fast the recipe's data are read, in rows per second (bench)
-  --coordinator  HOST:PORT where several processes meet, a free port of process 0; with --processes,
-             how many there are, and --process, which of them this is, from 0. Cloud TPU pods, SLURM
-             and indexed Kubernetes jobs need none of the three (train, sample, evaluate, prepare)
+  --coordinator  HOST:PORT where several processes meet, a free port of process 0; Cloud TPU pods,
+             SLURM and indexed Kubernetes jobs need none of these three (train, sample, evaluate,
+             prepare)
+  --processes  how many there are
+  --process  which of them this is, from 0
 
 Keys and their meaning: configs/base.py. Data: data/ here, or FMZOO_DATA_DIR.
 """

@@ -98,6 +98,8 @@ spec:
     publishNotReadyAddresses: true
   failurePolicy:
     maxRestarts: $RESTARTS
+    rules:
+    - {action: FailJobSet, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
   - name: slice
     replicas: 1
@@ -106,6 +108,9 @@ spec:
         parallelism: $hosts
         completions: $hosts
         backoffLimit: 0  # one lost host starts the whole slice again
+        podFailurePolicy:
+          rules:  # 2 is what fmzoo says of bad input, which no restart makes better
+          - {action: FailJob, onExitCodes: {containerName: fmzoo, operator: In, values: [2]}}
         template:
 $(pod)
             containers:

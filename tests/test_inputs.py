@@ -129,9 +129,9 @@ def test_a_stored_feature_reaches_the_loss_unchanged(tmp_path):
     latents.LatentSource(tmp_path), batch_size=6, seed=0, shuffle=False, num_threads=0
   )
   method = base.Method(
-    init=lambda rng: jnp.zeros(()), trainable=lambda params: True, sample=None, period=1,
-    inputs=('latent', 'feature'),
-    loss=lambda params, batch, rng, step: (params, {'feature': batch['feature']}),
+    init=lambda rng: {'all': jnp.zeros(())}, trainable=lambda params: {'all': True}, sample=None,
+    period=1, inputs=('latent', 'feature'),
+    loss=lambda params, batch, rng, step: (params['all'], {'feature': batch['feature']}),
   )
   tx = optax.sgd(0.0)
   train_step = jax.jit(step.make(method, tx, inputs.make(1.0), ema_decay=0.9))

@@ -107,7 +107,7 @@ def test_killed_process_goes_on_exactly(tmp_path):
   assert await_step(process, 3 * SAVE_EVERY) and await_save(process, parts)
   assert end(process, signal.SIGKILL) == -signal.SIGKILL
   left = {path.name for path in (parts / 'checkpoints').iterdir()}
-  assert left & {str(2 * SAVE_EVERY), str(3 * SAVE_EVERY)}
+  assert any(name.isdecimal() for name in left), left
   process = start(parts, steps)
   assert await_step(process, 20)
   begun = time.time()

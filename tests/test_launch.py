@@ -10,6 +10,8 @@ import sys
 import pytest
 import yaml
 
+from fmzoo import main
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / 'launch').glob('*.sh'))
 RECORDED = ('kubectl', 'docker', 'sbatch', 'srun', 'scontrol', 'ssh', 'tar', 'rm', 'sleep')
@@ -289,6 +291,8 @@ def test_the_manifest_asks_for_the_slice(world, tmp_path, volume, hosts):
   assert ('cloud.google.com/gke-spot' in pod['nodeSelector']) == ('--spot' in volume)
   assert pod['restartPolicy'] == 'Never' and pod['terminationGracePeriodSeconds'] == 600
   assert manifest['spec']['failurePolicy']['maxRestarts'] == 100
+  (rule,) = job['podFailurePolicy']['rules']
+  assert rule['onExitCodes']['values'] == [main.REFUSED] and rule['action'] == 'FailJob'
   assert pod['volumes'][0]['name'] == container['volumeMounts'][0]['name']
   assert {'persistentVolumeClaim', 'csi'} & pod['volumes'][0].keys() == {
     'persistentVolumeClaim' if '--claim=shared' in volume else 'csi'}

@@ -78,7 +78,8 @@ def test_layout_changes_nothing(reference, devices, mode):
 
 @pytest.mark.parametrize('reference,axes', [
   ('fm', {'devices': 2, 'fsdp': 4}), ('soflow', {'devices': 1, 'fsdp': 8}),
-  ('bfm', {'devices': 1, 'fsdp': 2, 'segment': 3, 'accumulate': 2}), ('bfm', {'devices': 2, 'segment': 3}),
+  ('bfm', {'devices': 1, 'fsdp': 2, 'segment': 3, 'accumulate': 2}),
+  ('bfm', {'devices': 2, 'segment': 3}),
   ('bfm', {'devices': 1, 'fsdp': 8}), ('bfm_frn', {'devices': 1, 'fsdp': 2, 'segment': 3}),
 ], indirect=['reference'], ids=str)
 def test_cutting_the_state_changes_nothing(reference, axes, monkeypatch):

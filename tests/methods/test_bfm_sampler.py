@@ -188,7 +188,8 @@ def recording_net(calls):
     return run
 
   return blockwise.Blockwise(
-    segments=3, init=None, condition=lambda params, t, labels: jnp.zeros((labels.shape[0], 1)),
+    segments=3, groups=1, init=None,
+    condition=lambda params, t, labels: jnp.zeros((labels.shape[0], 1)),
     features=part('features'), project=None, residual=part('residual'), velocity=part('velocity'),
     velocity_by_row=None,
   )
