@@ -88,9 +88,10 @@ fi
 case "${1:-}" in
   '' | -h | --help) usage ;;
   install)
+    [ "${2:-}" != --dry-run ] || dry_run=yes
     # shellcheck source=launch/environment.sh
-    source launch/environment.sh
-    fmzoo_environment '[cuda]'
+    run source launch/environment.sh
+    run fmzoo_environment '[cuda]'
     ;;
   *) if [ -n "${SLURM_JOB_ID:-}" ]; then job "$@"; else submit "$@"; fi ;;
 esac

@@ -364,3 +364,12 @@ def test_settings_may_come_from_the_environment(world):
   environment = {'NAME': 'bfm-xl', 'ZONE': 'us-west4-a', 'PROJECT': 'p'}
   by_flag = launch(world, 'tpu_vm.sh', 'status', *SLICE, '--project=p', '--dry-run')
   assert launch(world, 'tpu_vm.sh', 'status', '--dry-run', **environment).stdout == by_flag.stdout
+
+
+def test_an_environment_is_not_made_under_dry_run(tmp_path):
+  done = subprocess.run(
+    ['bash', 'launch/slurm.sh', 'install', '--dry-run'], cwd=ROOT, text=True, capture_output=True,
+    env={**os.environ, 'FMZOO_PYTHON': f'{tmp_path}/none', 'FMZOO_VENV': f'{tmp_path}/venv'},
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'fmzoo_environment' in done.stdout and not any(tmp_path.iterdir())
