@@ -14,6 +14,7 @@ import math
 import os
 import re
 import tempfile
+import time
 import zlib
 
 import jax
@@ -26,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from fmzoo.parallel import hosts
 
 _FORMAT = 1  # of the layout above
+_POLL = 0.05  # seconds between two looks at a save that several hosts wait for
 _ITEMS = ('params', 'ema', 'opt_state')  # every other field of the state goes into `run`
 
 
@@ -151,6 +153,41 @@ def _agreed(read):
   return result
 
 
+class _Manager(ocp.CheckpointManager):
+  """Tells that this host could not do its part of a save, for which orbax has all wait first.
+
+  Attributes:
+    failure: what was met here; None while all is well, and for what other hosts met.
+  """
+
+  failure = None
+
+  def _wait_for_checkpointers(self):
+    """Waits for what this host writes, in the thread that then waits for the other hosts."""
+    try:
+      super()._wait_for_checkpointers()
+    except Exception as error:
+      if not isinstance(error.__cause__, jax.errors.JaxRuntimeError):  # of a barrier
+        self.failure = error
+      raise
+
+  def expect_written(self):
+    """Raises what this host met; waits for nobody."""
+    if self.failure is not None:
+      raise self.failure
+
+  def wait_until_finished(self):
+    """Waits for all hosts, but only as long as nothing goes wrong on this one."""
+    while hosts.count() > 1 and self._is_finishing():
+      self.expect_written()
+      time.sleep(_POLL)
+    super().wait_until_finished()
+
+  def _is_finishing(self):
+    """Says whether the thread is alive that ends a save."""
+    return self._finalize_thread.map(lambda thread: thread is not None and thread.is_alive())
+
+
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits for the last save.
 
@@ -171,7 +208,7 @@ class Checkpoints:
       raise ValueError(f'keep_last={keep_last} would delete the newest checkpoint; use 1 or more.')
     self.directory = os.path.abspath(directory)  # Orbax fails in its thread on a relative path.
     self._identity = json.loads(json.dumps(identity))  # Tuples become lists, as in the file.
-    self._read_only, self._saving = read_only, None
+    self._read_only, self._saving, self._broken = read_only, None, False
     if not read_only:
       _expect_writable(self.directory)
     keep = [
@@ -183,13 +220,14 @@ class Checkpoints:
       cleanup_tmp_directories=not read_only,
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._manager = _Manager(self.directory, options=options)
 
   def save(self, step, state):
     """Starts to save a state; returns once the state may be donated, while files are written.
 
     What went wrong with the save before is only known now. This one is then waited for: if it is
     on disk, nothing is lost but the older step. No step is deleted before a newer one is complete.
+    One of several hosts cannot try again, since the others still wait for the save before.
 
     Args:
       step: int, how many steps the state has behind it.
@@ -230,6 +268,8 @@ class Checkpoints:
     try:
       self.wait()
     except ValueError as error:
+      if self._broken:
+        raise
       logging.error('%s; trying to save step %d', error, step)
       return True
     if not os.path.isdir(self.directory):
@@ -242,13 +282,17 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self, step):
-    """Turns what a failed save raises into one line; it surfaces when the save is waited for."""
+    """Turns what a failed save raises into one line; it surfaces when the save is waited for.
+
+    Once a save has failed on one of several hosts nothing is waited for there, see `check`.
+    """
     self._saving = step
     try:
       yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-      raise  # The machine's fault, not the disk's.
     except Exception as error:  # Orbax and tensorstore have no common class for it.
+      self._broken = hosts.count() > 1
+      if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        raise  # The machine's fault, not the disk's.
       raise ValueError(
         f'checkpoint {self._path(step)} cannot be written ({_reason(error)}); free space there, or'
         ' see that the folder takes files'
@@ -452,13 +496,28 @@ class Checkpoints:
     self._manager.reload()
     return self._manager.latest_step()
 
+  def check(self):
+    """Raises ValueError if one of several hosts, this one, could not do its part of a save.
+
+    To be called at every step. The others wait for this part, in a thread that nothing ends but
+    the end of this process; so this must come soon, and nothing may be waited for on its way.
+    """
+    if hosts.count() > 1:
+      with self._writing(self._saving):
+        self._manager.expect_written()
+
   def wait(self):
-    """Waits until a running save is on disk; ValueError says what went wrong with it, once."""
+    """Waits until a running save is on disk; ValueError says what went wrong with it, once.
+
+    On one of several hosts it says so every time.
+    """
     with self._writing(self._saving):
       self._manager.wait_until_finished()
 
   def close(self):
-    """Waits for a running save and frees the directory."""
+    """Waits for a running save and frees the directory; not after a failure on several hosts."""
+    if self._broken:
+      return
     with self._writing(self._saving):
       self._manager.close()
 
