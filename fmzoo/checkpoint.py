@@ -10,109 +10,17 @@ optimiser's empty state needs no place in the file. The data position is the ste
 import contextlib
 import itertools
 import json
-import math
 import os
-import re
 import tempfile
-import zlib
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint import checkpoint_managers
 
+from fmzoo import checksums, manager
 from fmzoo.parallel import hosts
 
 _FORMAT = 1  # of the layout above
-_ITEMS = ('params', 'ema', 'opt_state')  # every other field of the state goes into `run`
-
-
-def checksum(leaf):
-  """Sums mix(word_i + i 0x9e3779b9) over the 32-bit words of an array, modulo 2^32.
-
-  Integers only, so neither the sharding nor the order of the sum matters. The mixing (the finaliser
-  of murmur3) is a bijection, so one changed word always changes the sum; without it, flipping the
-  sign of two numbers would not.
-
-  Args:
-    leaf: array of any shape, bool or of 1, 2, 4 or 8 bytes, or typed keys.
-
-  Returns:
-    [] uint32.
-  """
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if leaf.dtype == bool:
-    leaf = leaf.astype(jnp.uint8)
-  unsigned = jnp.dtype(f'uint{8 * min(leaf.dtype.itemsize, 4)}')
-  words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)  # 8 bytes: [..., 2]
-  for axis in range(words.ndim):  # The flat index without a reshape, which could gather shards.
-    stride = math.prod(words.shape[axis + 1 :]) * 0x9E3779B9 % 2**32
-    words += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)
-  words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
-  words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
-  return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
-
-
-@jax.jit
-def _checksums(leaves):
-  """Checksums of a list of arrays, [len(leaves)] uint32: one program and one transfer."""
-  return jnp.stack([checksum(leaf) for leaf in leaves])
-
-
-def _named(tree):
-  """{dotted path: leaf}, in the order in which jax.tree flattens."""
-  pairs = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in pairs}
-
-
-def _item(name):
-  """Returns the item of a checkpoint that holds a leaf."""
-  root = name.split('.')[0]
-  return root if root in _ITEMS else 'run'
-
-
-def _by_item(named):
-  """{item: {name: leaf}}, without empty items, which orbax refuses."""
-  items = {}
-  for name, leaf in named.items():
-    items.setdefault(_item(name), {})[name] = leaf
-  return items
-
-
-def _subtree(name):
-  """'params.blocks' of 'params.blocks.qkv.kernel'."""
-  return '.'.join(name.split('.')[:2])
-
-
-def _named_checksums(named):
-  """{name: int}; one program per item, since items may live on different devices."""
-  sums = {}
-  for leaves in _by_item(named).values():
-    sums.update(zip(leaves, jax.device_get(_checksums(list(leaves.values()))).tolist()))
-  return sums
-
-
-def _spec(leaf):
-  """'float32[4,8]'."""
-  return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
-
-
-def _crc32(meta):
-  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _restore_args(leaves):
-  """How orbax reads one item: these leaves only, onto the shardings they name."""
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
-    for name, leaf in leaves.items()
-  }
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
 
 
 def _expect_writable(directory):
@@ -123,15 +31,6 @@ def _expect_writable(directory):
     raise ValueError(
       f'cannot write checkpoints to {directory} ({error.strerror}); choose another --workdir.'
     ) from error
-
-
-def _reason(error):
-  """Says in the system's words, where it has any, why something could not be written."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's way to pass it on
-  if code:
-    return os.strerror(int(code[1]))
-  words = isinstance(error, OSError) and error.strerror
-  return words or f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 class _Damaged(Exception):
@@ -171,25 +70,19 @@ class Checkpoints:
       raise ValueError(f'keep_last={keep_last} would delete the newest checkpoint; use 1 or more.')
     self.directory = os.path.abspath(directory)  # Orbax fails in its thread on a relative path.
     self._identity = json.loads(json.dumps(identity))  # Tuples become lists, as in the file.
-    self._read_only, self._saving = read_only, None
+    self._read_only, self._saving, self._broken = read_only, None, False
     if not read_only:
       _expect_writable(self.directory)
-    keep = [
-      checkpoint_managers.LatestN(keep_last),
-      checkpoint_managers.CustomSteps(tuple(keep_steps)),
-    ]
-    options = ocp.CheckpointManagerOptions(
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+    self._manager = manager.Manager(
+      self.directory, keep_last=keep_last, keep_steps=keep_steps, read_only=read_only
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def save(self, step, state):
     """Starts to save a state; returns once the state may be donated, while files are written.
 
     What went wrong with the save before is only known now. This one is then waited for: if it is
     on disk, nothing is lost but the older step. No step is deleted before a newer one is complete.
+    One of several hosts cannot try again, since the others still wait for the save before.
 
     Args:
       step: int, how many steps the state has behind it.
@@ -213,12 +106,12 @@ class Checkpoints:
         f'{self.directory} already holds step {newest}, cannot save step {step} after it; restore '
         'first, or choose another --workdir.'
       )
-    named = _named(state)
-    sums = _named_checksums(named)
-    leaves = {name: [_spec(leaf), sums[name]] for name, leaf in named.items()}
+    named = checksums.named(state)
+    sums = checksums.sums(named)
+    leaves = {name: [checksums.spec(leaf), sums[name]] for name, leaf in named.items()}
     meta = {'format': _FORMAT, 'step': step, 'identity': self._identity, 'leaves': leaves}
-    items = {item: ocp.args.PyTreeSave(part) for item, part in _by_item(named).items()}
-    items['meta'] = ocp.args.JsonSave({**meta, 'crc32': _crc32(meta)})
+    items = {item: ocp.args.PyTreeSave(part) for item, part in checksums.by_item(named).items()}
+    items['meta'] = ocp.args.JsonSave({**meta, 'crc32': checksums.crc32(meta)})
     with self._writing(step):
       self._manager.save(step, args=ocp.args.Composite(**items))
     if failed:
@@ -230,6 +123,8 @@ class Checkpoints:
     try:
       self.wait()
     except ValueError as error:
+      if self._broken:
+        raise
       logging.error('%s; trying to save step %d', error, step)
       return True
     if not os.path.isdir(self.directory):
@@ -242,16 +137,20 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self, step):
-    """Turns what a failed save raises into one line; it surfaces when the save is waited for."""
+    """Turns what a failed save raises into one line; it surfaces when the save is waited for.
+
+    Once a save has failed on one of several hosts nothing is waited for there, see `check`.
+    """
     self._saving = step
     try:
       yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-      raise  # The machine's fault, not the disk's.
     except Exception as error:  # Orbax and tensorstore have no common class for it.
+      self._broken = hosts.count() > 1
+      if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        raise  # The machine's fault, not the disk's.
       raise ValueError(
-        f'checkpoint {self._path(step)} cannot be written ({_reason(error)}); free space there, or'
-        ' see that the folder takes files'
+        f'checkpoint {self._path(step)} cannot be written ({manager.reason(error)}); free space'
+        ' there, or see that the folder takes files'
       ) from error
 
   def restore(self, abstract_state):
@@ -270,11 +169,11 @@ class Checkpoints:
     steps = self.steps()
     if not steps:
       return None
-    abstract = _named(abstract_state)
+    abstract = checksums.named(abstract_state)
 
     def select(step, leaves):
       """Takes what is asked for of the stored tree."""
-      if {_item(name) for name in abstract} != {'params'}:
+      if {checksums.item(name) for name in abstract} != {'params'}:
         self._expect_training(step, leaves)
       self._expect_same_leaves(step, leaves, abstract)
       return abstract
@@ -304,12 +203,12 @@ class Checkpoints:
       raise ValueError(f'no checkpoint in {self.directory}; train first or pass another --workdir.')
     if step is not None and step not in steps:
       raise ValueError(f'no step {step} in {self.directory}; available steps: {steps}.')
-    abstract = _named({'params': abstract_params})
-    subtrees = {_subtree(name) for name in abstract}
+    abstract = checksums.named({'params': abstract_params})
+    subtrees = {checksums.subtree(name) for name in abstract}
 
     def select(step, leaves):
       """Takes what is asked for of the stored tree."""
-      asked = {name: leaf for name, leaf in leaves.items() if _subtree(name) in subtrees}
+      asked = {name: leaf for name, leaf in leaves.items() if checksums.subtree(name) in subtrees}
       self._expect_same_leaves(step, asked, abstract)
       averaged = {name: 'ema' + name.removeprefix('params') for name in abstract}
       return {
@@ -374,15 +273,17 @@ class Checkpoints:
     meta = _agreed(lambda: self._meta(step))
     self._expect_same_run(step, meta)
     wanted = select(step, meta['leaves'])
-    args = {item: _restore_args(leaves) for item, leaves in _by_item(wanted).items()}
+    args = {
+      item: manager.restore_args(leaves) for item, leaves in checksums.by_item(wanted).items()
+    }
 
     def read():
       """Reads one checkpoint."""
       items = self._manager.restore(step, args=ocp.args.Composite(**args))
-      return {name: items[_item(name)][name] for name in wanted}
+      return {name: items[checksums.item(name)][name] for name in wanted}
 
     named = _agreed(read)
-    for name, value in _named_checksums(named).items():
+    for name, value in checksums.sums(named).items():
       if value != meta['leaves'][name][1]:
         raise _Damaged(f"checksum of leaf '{name}' differs")
     return list(named.values())
@@ -390,7 +291,7 @@ class Checkpoints:
   def _meta(self, step):
     """The record of a step; raises anything if it is damaged."""
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if meta.pop('crc32') != _crc32(meta):
+    if meta.pop('crc32') != checksums.crc32(meta):
       raise ValueError('checksum of meta differs')
     if meta['step'] != step:
       raise ValueError(f'the folder holds step {meta["step"]}')
@@ -407,7 +308,7 @@ class Checkpoints:
 
   def _expect_training(self, step, leaves):
     """Refuses a checkpoint of converted weights."""
-    if {_item(name) for name in leaves} == {'params'}:
+    if {checksums.item(name) for name in leaves} == {'params'}:
       raise ValueError(
         f'checkpoint {self._path(step)} holds parameters alone (converted weights), no training to'
         ' go on with; train in another --workdir with'
@@ -417,7 +318,7 @@ class Checkpoints:
   def _expect_same_leaves(self, step, leaves, abstract):
     """Compares before reading, since orbax casts to another dtype without a word."""
     found = {name: spec for name, (spec, _) in leaves.items()}
-    expected = {name: _spec(leaf) for name, leaf in abstract.items()}
+    expected = {name: checksums.spec(leaf) for name, leaf in abstract.items()}
     for name in (*expected, *found):
       if found.get(name) != expected.get(name):
         raise ValueError(
@@ -452,13 +353,28 @@ class Checkpoints:
     self._manager.reload()
     return self._manager.latest_step()
 
+  def check(self):
+    """Raises ValueError if one of several hosts, this one, could not do its part of a save.
+
+    To be called at every step. The others wait for this part, in a thread that nothing ends but
+    the end of this process; so this must come soon, and nothing may be waited for on its way.
+    """
+    if hosts.count() > 1:
+      with self._writing(self._saving):
+        self._manager.expect_written()
+
   def wait(self):
-    """Waits until a running save is on disk; ValueError says what went wrong with it, once."""
+    """Waits until a running save is on disk; ValueError says what went wrong with it, once.
+
+    On one of several hosts it says so every time.
+    """
     with self._writing(self._saving):
       self._manager.wait_until_finished()
 
   def close(self):
-    """Waits for a running save and frees the directory."""
+    """Waits for a running save and frees the directory; not after a failure on several hosts."""
+    if self._broken:
+      return
     with self._writing(self._saving):
       self._manager.close()
 

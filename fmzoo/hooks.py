@@ -49,6 +49,7 @@ class Hooks:
 
   def __call__(self, done, state, metrics, stopping):
     log, last = self.recipe.log, stopping or done == self.recipe.run.steps
+    self.checkpoints.check()
     self.pending.append(metrics)
     self.progress.update(1)
     if last or done % log.log_every_steps == 0:

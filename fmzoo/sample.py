@@ -189,7 +189,7 @@ def sample(recipe, workdir, at_step=None):
   path = pathlib.Path(workdir) / 'samples' / f'{_name(recipe, done)}.npz'
   job = partial.Job(path, plan, rows)
   with contextlib.ExitStack() as stack:
-    if job.is_finished:
+    if hosts.all_agree(job.is_finished):  # they may not see a file at once
       logging.info('%d images of step %d are there already: %s', len(labels), done, path)
     else:
       _begin(job, stack)

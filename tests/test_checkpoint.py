@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fmzoo import checkpoint
+from fmzoo import checkpoint, checksums
 
 IDENTITY = {'method': 'bfm', 'edges': (1.0, 0.5, 0.0)}
 
@@ -490,9 +490,9 @@ def test_refusal_names_value_and_remedy(tmp_path, call, message):
 @pytest.mark.parametrize('dtype', ['bool', 'uint8', 'bfloat16', 'float32', 'int32'])
 def test_checksum_sees_every_single_change(dtype):
   values = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
-  reference = checkpoint.checksum(values)
+  reference = checksums.checksum(values)
   changed = jax.vmap(lambda i: values.ravel().at[i].set(values.ravel()[i] == 0).reshape(2, 3, 4))
-  sums = jax.vmap(checkpoint.checksum)(changed(jnp.arange(24)))
+  sums = jax.vmap(checksums.checksum)(changed(jnp.arange(24)))
   same = jax.vmap(lambda other: (other == values).all())(changed(jnp.arange(24)))
   np.testing.assert_array_equal(sums == reference, same)
 
@@ -500,7 +500,7 @@ def test_checksum_sees_every_single_change(dtype):
 def test_checksum_sees_order_and_paired_signs():
   values = jnp.arange(1.0, 7.0)
   sums = [
-    int(checkpoint.checksum(other))
+    int(checksums.checksum(other))
     for other in (values, -values, values[::-1], values.at[:2].multiply(-1.0))
   ]
   assert len(set(sums)) == 4
@@ -512,19 +512,19 @@ def test_checksum_is_that_of_the_words():
   words = values.view(np.uint32).ravel() + np.arange(15, dtype=np.uint32) * np.uint32(0x9E3779B9)
   words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
   words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
-  assert int(checkpoint.checksum(values)) == int((words ^ (words >> 16)).sum(dtype=np.uint32))
+  assert int(checksums.checksum(values)) == int((words ^ (words >> 16)).sum(dtype=np.uint32))
 
 
 def test_checksum_of_eight_bytes():
   with jax.enable_x64(True):
     values = jnp.arange(4.0, dtype='float64')
-    assert checkpoint.checksum(values) != checkpoint.checksum(values.at[1].add(2.0**-50))
+    assert checksums.checksum(values) != checksums.checksum(values.at[1].add(2.0**-50))
 
 
 def test_checksum_does_not_depend_on_sharding():
   values = jax.random.normal(jax.random.key(0), (8, 16, 3))
   sums = [
-    int(jax.jit(checkpoint.checksum)(jax.device_put(values, sharding(8, *axes))))
+    int(jax.jit(checksums.checksum)(jax.device_put(values, sharding(8, *axes))))
     for axes in [(), ('data',), (None, 'data')]
   ]
   assert len(set(sums)) == 1

@@ -1,9 +1,11 @@
 """Several processes train as one does, whatever ends them and however many go on."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -28,10 +30,10 @@ TINY = (
 )
 # The command line, but for how long a dead process is waited for.
 WORKER = """
-import functools, sys
+import functools, os, sys
 from fmzoo import main
 from fmzoo.parallel import hosts
-hosts.start = functools.partial(hosts.start, heartbeat=10)
+hosts.start = functools.partial(hosts.start, heartbeat=int(os.environ['HEARTBEAT']))
 sys.exit(main.cli())
 """
 
@@ -50,10 +52,27 @@ def slurm_environment(port, processes, index):
   }
 
 
-class Run:
-  """Processes of one run, which do not outlive it."""
+def limit_files(size):
+  """Has the system refuse this process files larger than `size` bytes, as a full disk would."""
+  if size is not None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-  def __init__(self, *arguments, processes=1, devices=1, slurm=False):
+
+class Run:
+  """Processes of one run, which do not outlive it.
+
+  Args:
+    *arguments: of the command line.
+    processes: how many.
+    devices: of each.
+    slurm: whether they find each other as under SLURM, and not by flags.
+    heartbeat: seconds, see hosts.start.
+    small_files: {index of a process: bytes beyond which it cannot make a file larger}.
+  """
+
+  def __init__(
+    self, *arguments, processes=1, devices=1, slurm=False, heartbeat=10, small_files=None
+  ):
     port = free_port()
     meeting = (f'--coordinator=localhost:{port}', f'--processes={processes}')
     flags = (
@@ -66,9 +85,11 @@ class Run:
         + ([*meeting, f'--process={index}'] if processes > 1 and not slurm else []),
         cwd=ROOT, text=True, env={
           **os.environ, 'XLA_FLAGS': ' '.join(flags), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+          'HEARTBEAT': str(heartbeat),
           **(slurm_environment(port, processes, index) if slurm else {}),
         },
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=functools.partial(limit_files, (small_files or {}).get(index)),
       ) for index in range(processes)
     ]
 
@@ -143,3 +164,15 @@ def test_any_number_of_processes_goes_on_where_others_ended(tmp_path, monkeypatc
   np.testing.assert_allclose(
     [found[step] for step in expected], list(expected.values()), rtol=1e-5
   )
+
+
+@pytest.mark.parametrize('full', [0, 1])
+def test_a_disk_that_is_full_on_one_host_leaves_nobody_waiting(full, tmp_path):
+  """Each writes its half of the state; both end within the two minutes that `end` gives them."""
+  arguments = [*TINY, f'--workdir={tmp_path}', '--config.mesh.data=1', '--config.mesh.fsdp=2']
+  with Run(*arguments, processes=2, heartbeat=5, small_files={full: 10_000}) as two:
+    statuses, told = two.end()
+  assert statuses[full] == 2, told
+  assert told[full][-1].startswith(f'error: checkpoint {tmp_path}/checkpoints/8 cannot be written')
+  assert '(File too large)' in told[full][-1] and told[full][-1].endswith('begins again')
+  assert statuses[1 - full] not in (0, 2) and told[1 - full][-1] == ends.LAST_WORD, told

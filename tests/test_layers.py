@@ -46,7 +46,10 @@ ALLOWED = {
   'fmzoo.picture_stream': ({'numpy', 'PIL'}, {'fmzoo.npz'}),
   'fmzoo.partial': ({'numpy'}, {'fmzoo.files', 'fmzoo.npz'}),
   'fmzoo.writer': ({'numpy', 'absl', 'clu', 'tqdm'}, set()),
-  'fmzoo.checkpoint': ({'jax', 'numpy', 'orbax', 'absl'}, {'fmzoo.parallel.hosts'}),
+  'fmzoo.checksums': ({'jax', 'numpy'}, set()),
+  'fmzoo.manager': ({'jax', 'orbax'}, {'fmzoo.parallel.hosts'}),
+  'fmzoo.checkpoint': ({'jax', 'orbax', 'absl'}, {
+    'fmzoo.checksums', 'fmzoo.manager', 'fmzoo.parallel.hosts'}),
   'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
   'fmzoo.bench_loader': ({'numpy'}, {'fmzoo.data.pipeline', 'fmzoo.sources'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),

@@ -14,6 +14,7 @@ import pytest
 
 from fmzoo import convert_weights, evaluate, files, make_reference, partial, sample
 from fmzoo import sampler as samplers
+from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 from tests import test_evaluate, tiny
 
@@ -139,6 +140,20 @@ def test_finished_images_are_left_alone_and_get_their_pngs(tmp_path, monkeypatch
   after = stored_files(tmp_path)
   assert {name: after[name] for name in before} == before
   assert set(after) - set(before) == {f'{index:05d}.png' for index in range(53)}
+
+
+def test_a_host_that_does_not_see_the_finished_file_is_not_left_alone(tmp_path, monkeypatch):
+  """The others, which see it, make the images once more with it: the same."""
+  sample.sample(made(tmp_path, mesh__data=1), tmp_path)
+  before, again = files(tmp_path), []
+  is_finished, write = partial.Job.is_finished.fget, partial.Job.write
+  monkeypatch.setattr(
+    partial.Job, 'is_finished', property(lambda job: 'here' if is_finished(job) else '')
+  )
+  monkeypatch.setattr(hosts, 'all_agree', lambda holds: bool(holds) and holds != 'here')
+  monkeypatch.setattr(partial.Job, 'write', lambda *args: again.append(write(*args)))
+  sample.sample(made(tmp_path, mesh__data=1), tmp_path)
+  assert again and files(tmp_path) == before
 
 
 def test_images_of_other_weights_are_refused(tmp_path):

@@ -25,6 +25,7 @@ GOODBYE = 86400  # and at the end: the main process may compute metrics long aft
 SLURM = (  # what a process that srun started finds in its environment, and jax asks for
   'SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
 )
+NO_CLUSTER = 'coordinator_address should be defined.'  # jax's words where it has found none
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def start(
     )
   except Exception as error:  # of sockets, clusters and their packages: no common class
     ends.say_goodbye()
-    if processes is None and _is_guess(os.environ):
+    if processes is None and _is_guess(os.environ) and str(error) == NO_CLUSTER:
       return False
     raise ValueError(
       f'the processes cannot meet at {where}: {" ".join(str(error).split())[:300]}; start them with'

@@ -12,6 +12,7 @@ import time
 
 import jax
 import pytest
+from jax._src import distributed
 
 from fmzoo.parallel import ends, hosts
 
@@ -275,4 +276,34 @@ def test_a_cluster_that_cannot_tell_is_one_line(monkeypatch, initialized):
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: int('x'))
   monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
   with pytest.raises(ValueError, match='the cluster names: invalid literal .* --processes=1'):
+    hosts.start()
+
+
+@pytest.fixture
+def guessed(initialized, monkeypatch):
+  """A host of which only a server in its network says whether it is one of several."""
+  monkeypatch.setattr(hosts, '_is_guess', lambda environment: True)
+
+
+def test_a_host_for_which_jax_finds_no_cluster_is_alone(guessed, monkeypatch):
+  """In jax's own words, which may change."""
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda *args, **options: distributed.State().initialize(
+      *args, **options
+    )
+  )
+  assert hosts.start() is False
+
+
+@pytest.mark.parametrize('error', [
+  RuntimeError('Getting metadata failed for 60 seconds'),
+  ValueError('Number of processes must be defined.'),
+  jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out'),
+])
+def test_a_host_of_a_pod_that_cannot_meet_the_others_is_not_alone(error, guessed, monkeypatch):
+  def fail(*args, **options):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, 'initialize', fail)
+  with pytest.raises(ValueError, match=f'cannot meet at the place .*: {error}; .* --processes=1'):
     hosts.start()
