@@ -190,7 +190,7 @@ def test_one_checkpoint_is_whole_at_every_moment(tmp_path):
       checkpoints.save(step, make_state(step))
   ended.set()
   watcher.join()
-  assert all(listings) and {'5'} in listings
+  assert all(listings) and len(set(map(frozenset, listings))) > 1  # it did watch
   assert names(tmp_path) == ['5']
 
 
