@@ -33,9 +33,9 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 LONGEST = (  # files
-  'test_step', 'test_resume', 'test_bfm_golden', 'test_main', 'test_sample', 'test_killed',
-  'test_hosts_training', 'test_blockwise', 'test_prepare', 'test_precision', 'test_sources',
-  'test_train',
+  'test_step', 'test_notebook', 'test_plan', 'test_failures', 'test_resume', 'test_bfm_golden',
+  'test_main', 'test_sample', 'test_killed', 'test_hosts_training', 'test_blockwise',
+  'test_prepare', 'test_precision', 'test_sources', 'test_train',
 )
 
 
