@@ -145,7 +145,7 @@ def test_finished_images_are_left_alone_and_get_their_pngs(tmp_path, monkeypatch
 def test_a_host_that_does_not_see_the_finished_file_is_not_left_alone(tmp_path, monkeypatch):
   """The others, which see it, make the images once more with it: the same."""
   sample.sample(made(tmp_path, mesh__data=1), tmp_path)
-  before, again = files(tmp_path), []
+  before, again = stored_files(tmp_path), []
   is_finished, write = partial.Job.is_finished.fget, partial.Job.write
   monkeypatch.setattr(
     partial.Job, 'is_finished', property(lambda job: 'here' if is_finished(job) else '')
@@ -153,7 +153,7 @@ def test_a_host_that_does_not_see_the_finished_file_is_not_left_alone(tmp_path, 
   monkeypatch.setattr(hosts, 'all_agree', lambda holds: bool(holds) and holds != 'here')
   monkeypatch.setattr(partial.Job, 'write', lambda *args: again.append(write(*args)))
   sample.sample(made(tmp_path, mesh__data=1), tmp_path)
-  assert again and files(tmp_path) == before
+  assert again and stored_files(tmp_path) == before
 
 
 def test_images_of_other_weights_are_refused(tmp_path):
