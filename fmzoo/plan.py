@@ -372,13 +372,13 @@ def _advice(programs, known):
   tried = {kind for kind, _, _ in known[: len(programs) - 1]}
   if last.fits:
     changes = known[len(programs) - 2][1]
-    lines.append(f'It fits with {_flags(changes)}')
+    lines.append(f'It fits with {_flags(changes, first)}')
   else:
     lines.append(
       'None of what was tried fits: use a smaller data.batch_size or a larger slice.'
     )
   others = [
-    f'{_flags(changes)} ({needed / 1e9:.3g} GB)' for kind, changes, needed in known
+    f'{_flags(changes, first)} ({needed / 1e9:.3g} GB)' for kind, changes, needed in known
     if kind not in tried and needed <= first.available_bytes
   ]
   if others:
@@ -386,6 +386,9 @@ def _advice(programs, known):
   return lines
 
 
-def _flags(changes):
-  """Returns changes as flags of the command line."""
-  return ' '.join(f'--config.{key}={value}' for key, value in changes.items())
+def _flags(changes, first):
+  """Returns what changes a first program, as flags of the command line."""
+  return ' '.join(
+    f'--config.{key}={value}' for key, value in changes.items()
+    if first.settings.get(key) != value
+  )
