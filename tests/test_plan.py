@@ -78,15 +78,18 @@ def first_line(found):
   return next(line for line in found['advice'] if line.startswith('It fits'))
 
 
-def test_cuts_and_recomputation_are_combined():
-  """State, gradients and activations of 4, 1 and 3 units, and room for 2."""
-  recipe = tiny.recipe('fm', data__batch_size=8)
-  unit = plan.training_step(recipe, jax.devices()[:1], None).parameter_bytes
-  first = plan.Program(
+def refused(recipe, unit):
+  """Returns a step whose state, gradients and activations are of 4, 1 and 3 units; 2 are there."""
+  return plan.Program(
     name='training step', mesh={}, settings=plan.settings_of(recipe), rows=8, flops=0,
     parameter_bytes=unit, state_bytes=4 * unit, work_bytes=4 * unit, available_bytes=2 * unit,
     collectives=None, compile_seconds=0,
   )
+
+
+def test_cuts_and_recomputation_are_combined():
+  recipe = tiny.recipe('fm', data__batch_size=8)
+  first = refused(recipe, 4 * plan.num_parameters(recipe))
   kinds = [kind for kind, _, _ in plan.remedies(recipe, jax.devices(), first)]
   assert kinds == ['mesh.fsdp and model.remat'] and not recipe.network.remat
 
@@ -95,14 +98,13 @@ def test_a_mesh_is_found_where_memory_is_short(memory, capsys):
   """Between what one device of eight needs and what it needs where the state is cut."""
   recipe = tiny.recipe('fm', data__batch_size=8)
   as_it_is = plan.training_step(recipe, jax.devices(), None)
-  cut = plan.build.changed(recipe, {'mesh.fsdp': 8})
-  assert plan.training_step(cut, jax.devices(), None).state_bytes < as_it_is.state_bytes / 4
   memory(as_it_is.needed_bytes - as_it_is.state_bytes // 4)
-  assert plan.plan(plan.build.changed(recipe, {'mesh.data': 8}), 'cpu:8', as_json=True)
+  eight = plan.build.changed(recipe, {'mesh.data': 8})
+  assert plan.plan(eight, 'cpu:8', as_json=True, with_sampler=False)
   found = json.loads(capsys.readouterr().out)
   assert first_line(found).startswith('It fits with --config.mesh.data=-1 --config.mesh.fsdp=')
-  first, *others, sampler = found['programs']
-  assert (first['fits'], others[-1]['fits'], sampler['name']) == (False, True, 'sampler')
+  first, *others = found['programs']
+  assert (first['fits'], others[-1]['fits']) == (False, True)
   assert others[-1]['mesh']['fsdp'] > 1 and math.prod(others[-1]['mesh'].values()) == 8
   kinds = {row['kind'] for row in others[-1]['collectives']}
   assert 'all-gather' in kinds and [row['kind'] for row in first['collectives']] == ['all-reduce']
@@ -116,8 +118,8 @@ def test_flops_are_those_of_one_device():
   assert one.flops == four.flops > 0 and (one.rows, four.rows) == (8, 32)
 
 
-def test_where_nothing_fits_it_says_so(memory, capsys):
-  memory(1000)
+def test_where_nothing_fits_it_says_so(monkeypatch, capsys):
+  monkeypatch.setattr(plan, 'training_step', lambda recipe, *_: refused(recipe, 1000))
   assert not plan.plan(tiny.recipe('fm', data__batch_size=8), 'cpu:2')
   assert 'None of what was tried fits' in capsys.readouterr().out
 
