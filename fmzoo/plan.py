@@ -142,18 +142,21 @@ def training_step(recipe, devices, chip):
   mesh = meshes.make(recipe.mesh, devices)
   size = recipe.data.batch_size
   meshes.check_batch(size, mesh, recipe.method.period, recipe.optim.accumulate_steps)
-  inputs, frozen = sources.abstract_inputs(recipe)
-  state = train.abstract_state(recipe, mesh)
-  batch = batches.abstract(sources.abstract_row(recipe), size, mesh, 'jit')
-  flops = cost.matmul_flops(train.make_step(recipe, inputs), state, batch, frozen)
-  function = meshes.compile_step(
-    functools.partial(train.make_step, recipe, inputs), mesh, 'jit', state
-  )
+  make_step, args = _step(recipe, mesh)
+  state, flops = args[0], cost.matmul_flops(make_step(), *args)
   return _compiled(
-    function, (state, batch, frozen), chip, name='training step', mesh=dict(mesh.shape),
-    settings=settings_of(recipe), rows=size, parameter_bytes=bytes_of(state.params),
-    state_bytes=bytes_of(state), flops=flops / mesh.size,
+    meshes.compile_step(make_step, mesh, 'jit', state), args, chip, name='training step',
+    mesh=dict(mesh.shape), settings=settings_of(recipe), rows=size,
+    parameter_bytes=bytes_of(state.params), state_bytes=bytes_of(state), flops=flops / mesh.size,
   )
+
+
+def _step(recipe, mesh):
+  """Returns (axis_name=None -> train step, shapes of its arguments) of a recipe on a mesh."""
+  inputs, frozen = sources.abstract_inputs(recipe)
+  batch = batches.abstract(sources.abstract_row(recipe), recipe.data.batch_size, mesh, 'jit')
+  args = train.abstract_state(recipe, mesh), batch, frozen
+  return functools.partial(train.make_step, recipe, inputs), args
 
 
 def sampler(recipe, devices, chip):
@@ -303,10 +306,8 @@ def model_flops(recipe):
   if 'remat' in recipe.config['model']:
     recipe = build.changed(recipe, {'model.remat': False})
   mesh = meshes.make(meshes.Config(data=1, fsdp=1, segment=1, mode='jit'))
-  inputs, frozen = sources.abstract_inputs(recipe)
-  batch = batches.abstract(sources.abstract_row(recipe), recipe.data.batch_size, mesh, 'jit')
-  state = train.abstract_state(recipe, mesh)
-  return cost.matmul_flops(train.make_step(recipe, inputs), state, batch, frozen)
+  make_step, args = _step(recipe, mesh)
+  return cost.matmul_flops(make_step(), *args)
 
 
 def table(recipe, about, programs):

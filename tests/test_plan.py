@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -124,6 +125,14 @@ def test_where_nothing_fits_it_says_so(monkeypatch, capsys):
   assert 'None of what was tried fits' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('fsdp,asked', [(1, False), (2, True)])
+def test_shared_weights_come_whole_to_their_products(memory, fsdp, asked):
+  recipe = tiny.recipe('bfm', mesh__data=2, mesh__fsdp=fsdp)
+  make_step, args = plan._step(recipe, meshes.make(recipe.mesh))
+  step = meshes.compile_step(make_step, meshes.make(recipe.mesh), 'jit', args[0])
+  assert ('sharding_constraint' in step.lower(*args).as_text()) == asked
+
+
 def test_gradients_of_segments_stay_in_their_group():
   """Six groups of one device: only the shared parts are summed over all."""
   recipe = tiny.recipe('bfm', data__batch_size=36, model__segments=6, model__segment_depth=2)
@@ -144,10 +153,13 @@ def command(*flags):
   )
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='there is no libtpu')
+@pytest.mark.skipif(
+  (sys.platform, platform.machine()) != ('linux', 'x86_64'), reason='there is no libtpu'
+)
 def test_a_recipe_is_compiled_for_tpus():
   done = command(
-    '--config=configs/sit_digits.py', '--config.model.depth=1', '--topology=v5e:2x2', '--json'
+    '--config=configs/sit_digits.py', '--config.model.depth=1', '--topology=v5e:2x2', '--json',
+    '--config.sample.guidance=2.0',  # whose halves must not change devices
   )
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)

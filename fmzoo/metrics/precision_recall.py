@@ -160,6 +160,7 @@ def _distances(u, v, *, half):
   first, and each has its own way back to float32.
   """
   def exact():
+    """Returns both in float32, of one product."""
     products = _products(u.x, v.x)
     return (
       _squared(u.norms, products, v.norms, round_to=lambda x: x),

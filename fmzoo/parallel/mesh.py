@@ -114,6 +114,7 @@ def on_own_devices(mesh, tree):
     tree: of arrays.
   """
   def share(leaf):
+    """Returns one array over those of its copies."""
     copies = {shard.device: shard.data for shard in leaf.addressable_shards}
     return jax.make_array_from_single_device_arrays(
       leaf.shape, replicated(mesh), [copies[device] for device in mesh.devices.flat]
@@ -237,6 +238,7 @@ def _with_global_state(train_step, mesh):
     return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), copies)
 
   def run(*args):
+    """See step.make."""
     state, metrics = train_step(*args)
     return jax.tree.map(globally, state), metrics
 
