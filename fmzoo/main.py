@@ -140,7 +140,8 @@ def _suite(values):
   """See bench.suite.run."""
   from fmzoo.bench import suite
 
-  suite.run(runs=values.runs, as_json=values.json)
+  runs = values.runs if values['runs'].present else None
+  suite.run(runs=runs, as_json=values.json)
 
 
 COMMANDS = {

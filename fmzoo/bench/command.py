@@ -43,14 +43,14 @@ def bench(recipe, *, chosen, runs, as_json):
   wanted = chosen_parts(chosen, PARTS)
   reading = excuse = None
   if 'input' in wanted:
-    reading, excuse = _read(recipe, is_optional=chosen is None)
+    reading, excuse = read(recipe, is_optional=chosen is None)
   figures, rates = figures_of(recipe, wanted, runs)
   name = name_of(recipe)
   if as_json:
     print(json.dumps({
       'recipe': name, 'device': report.device(), 'jax': jax.__version__,
       'programs': list(figures.values()), 'ceilings': rates,
-      'input': reading and _plain_reading(reading), 'input_missing': excuse,
+      'input': reading and plain_reading(reading), 'input_missing': excuse,
     }, indent=2))
     return
   lines = [f'{name}; {report.device()}; jax {jax.__version__}']
@@ -60,7 +60,7 @@ def bench(recipe, *, chosen, runs, as_json):
     lines += ['', 'Guidance acts in some steps alone: the sampler multiplies less than is counted.']
   if reading:
     step = figures.get('training step')
-    lines += ['', *_reading_lines(reading, step and step['rows_per_second'])]
+    lines += ['', *reading_lines(reading, step and step['rows_per_second'])]
   print(*lines, *(['', excuse] if excuse else []), sep='\n')
 
 
@@ -89,7 +89,7 @@ def _figures(measured):
   return figures, report.plain_rates(rates)
 
 
-def _read(recipe, *, is_optional):
+def read(recipe, *, is_optional):
   """Returns (loader.Reading or None, why there is none).
 
   Raises:
@@ -108,12 +108,12 @@ def _read(recipe, *, is_optional):
   return loader.measure(recipe, rows), None
 
 
-def _plain_reading(reading):
+def plain_reading(reading):
   """Returns a loader.Reading as JSON knows it."""
   return reading._asdict() | {'rates': [rate._asdict() for rate in reading.rates]}
 
 
-def _reading_lines(reading, wanted):
+def reading_lines(reading, wanted=None):
   """Returns a loader.Reading as lines; `wanted` is what a training step consumes, or None."""
   from fmzoo.bench import loader
 
