@@ -20,7 +20,7 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'prepare': ('from', 'dtype', 'shard_rows', *HOSTS),
   'convert': ('step', 'weights', 'export'),
   'plan': ('topology', 'mfu', 'json', 'sampler'),
-  'bench': ('against', 'runs', 'precision', 'loader'),
+  'bench': ('parts', 'runs', 'json', 'compare', 'suite', 'precision'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('step', 'samples'): 'measure a checkpoint or a file',
@@ -31,10 +31,12 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('compare', 'make_reference'): 'results that are there are compared',
   ('weights', 'export'): 'read a file of official weights or write one',
   ('step', 'weights'): 'a checkpoint is chosen for --export',
-  ('against', 'precision'): 'compare samplers or policies of rounding',
-  ('against', 'loader'): 'compare samplers or read data',
-  ('precision', 'loader'): 'look at rounding or at reading',
-  ('runs', 'loader'): 'reading is timed by the clock, not in runs',
+  ('compare', 'precision'): 'compare recipes or policies of rounding',
+  ('compare', 'suite'): 'compare two recipes or measure the standing cases',
+  ('parts', 'precision'): 'measure programs or policies of rounding',
+  ('json', 'precision'): 'policies of rounding come as a table',
+  ('precision', 'suite'): 'measure policies of rounding or the standing cases',
+  ('parts', 'suite'): 'the standing cases say what of them is measured',
 }
 PATHS = (  # flags that name a file or folder
   'workdir', 'samples', 'weights', 'export', 'from', 'make_reference',
@@ -52,7 +54,8 @@ commands
   convert    official weights to a workdir (--weights), or a checkpoint to such a file (--export)
   plan       compiles training step and sampler for a TPU slice (--topology): memory, FLOPs,
              traffic between chips; needs no TPU and no data; exit status 3 if nothing fits
-  bench      times the sampler, in turn with that of another recipe (--against), fresh parameters
+  bench      times training step, sampler and reading: images/s, FLOPs, MFU, memory, compilation; or
+             two recipes in turn (--compare A B), or the standing cases (--suite)
 
 flags
   --config   recipe, such as configs/soflow_digits.py; without it the workdir's config.json
@@ -62,7 +65,8 @@ flags
   --make_reference  .npz to write with the statistics of real images, those of --from or else the
              recipe's data; config.eval.reference then reads it (evaluate)
   --compare  two results, A,B: folders in evaluations/; prints them and what differs in how they
-             came about (evaluate)
+             came about (evaluate). Two recipes, A B, or one beside --config: measured run by run in
+             turn; keys of the second as --compare.section.key=value (bench)
   --from     a folder of pictures (class folders or none), tfds:NAME[:SPLIT], SoFlow's .hdf5 or a
              folder with images/ and vae-sd/ as for REPA (prepare; evaluate --make_reference, which
              takes an .npz of images, too)
@@ -78,12 +82,13 @@ flags
   --mfu      share of the chips' peak at which plan tells the days of training, such as 0.4; it
              is an assumption, so there is no default (plan)
   --sampler  whether the sampler is compiled, too: --nosampler saves the time (plan)
-  --json     prints the plan as JSON in place of a table (plan)
-  --against  recipe to compare with; its keys as --against.section.key=value (bench)
-  --runs     timed runs of each, in turn; default 20 (bench)
+  --json     prints JSON in place of tables (plan, bench)
+  --parts    what to measure, of step,sampler,input; default all three, with --compare the sampler;
+             only input needs data (bench)
+  --runs     timed runs of each program; default 20 (bench)
+  --suite    in place of a recipe: the standing cases of docs/benchmarks.md for this device (bench)
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
              parameters of --workdir if it has a checkpoint, else random ones (bench)
-  --loader   in place of that: how fast the recipe's data are read, in rows per second (bench)
   --coordinator  HOST:PORT where several processes meet, a free port of process 0; Cloud TPU pods,
              SLURM and indexed Kubernetes jobs need none of these three (train, sample, evaluate,
              prepare)
@@ -114,22 +119,48 @@ def parse(argv):
   Raises:
     ValueError: one line for an unknown command, flag or key, a wrong type or a missing file.
   """
-  command_of(itertools.takewhile(lambda word: not word.startswith('-'), argv[1:]))
+  leading = command_of(itertools.takewhile(lambda word: not word.startswith('-'), argv[1:]))
   sys.path.insert(0, os.getcwd())  # recipes import configs.base
   for name in PATHS:
     value = flag_value(argv, name)
     paths.expect_local(f'--{name}', value)
     if value == '':
       raise ValueError(f'--{name}= is empty, expected a path; drop the flag or give one')
+  other = None
+  if leading == 'bench':
+    other, argv = without_recipe(two_recipes(argv), 'compare')
   recipe, argv = without_recipe(argv, 'config')
-  against, argv = without_recipe(argv, 'against')
   if recipe is not None:
     recipes = {'config': recipe_config('config', recipe)}
-  else:  # results are compared without any
-    is_needed = flag_value(argv, 'compare') is None
+  else:  # results are compared, and standing cases measured, without any
+    is_needed = flag_value(argv, 'compare') is None and flag_value(argv, 'suite') is None
     recipes = {'config': stored_config(argv) if is_needed else ConfigDict()}
-  if against is not None:
-    recipes['against'] = recipe_config('against', against)
+  if other is not None:
+    recipes['compare'] = recipe_config('compare', other)
+  values = flag_values(has_recipe_to_compare=other is not None)
+  for name, chosen in recipes.items():
+    expect_known_keys(name, chosen, argv)
+  try:
+    for name, chosen in recipes.items():
+      config_flags.DEFINE_config_dict(name, chosen, 'recipe', flag_values=values, sys_argv=argv)
+    _, *words = values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{error} (known keys: configs/base.py; --help shows the flags)') from error
+  command = command_of(words)
+  if command == 'bench' and command != leading and flag_value(argv, 'compare') is not None:
+    raise ValueError("--compare before 'bench' is not understood; write fmzoo bench --compare A B")
+  if values.suite and recipe is not None:
+    raise ValueError(f'--config={recipe} is no part of the standing cases of --suite; drop one')
+  own = [name for names in COMMANDS.values() for name in names]
+  given = {name for name in own if name in values and values[name].present}
+  check_flags(command, given | recipes.keys() & {'compare'})
+  check_hosts({name: values[name].value for name in HOSTS})
+  workdir = values.workdir or (default_workdir(recipe) if recipe is not None else '.')
+  return command, values.config, workdir, values
+
+
+def flag_values(has_recipe_to_compare):
+  """Returns the flags of all commands, not parsed yet; --compare is none where it is a recipe."""
   values = flags.FlagValues()
   for name in PATHS:
     flags.DEFINE_string(name, None, 'see USAGE', flag_values=values)
@@ -142,25 +173,33 @@ def parse(argv):
   flags.DEFINE_string('coordinator', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('processes', None, 'see USAGE', flag_values=values, lower_bound=1)
   flags.DEFINE_integer('process', None, 'see USAGE', flag_values=values, lower_bound=0)
-  for name in ('precision', 'loader', 'json'):
+  for name in ('precision', 'suite', 'json'):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
-  flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
+  if not has_recipe_to_compare:
+    flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_list('parts', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
-  for name, chosen in recipes.items():
-    expect_known_keys(name, chosen, argv)
-  try:
-    for name, chosen in recipes.items():
-      config_flags.DEFINE_config_dict(name, chosen, 'recipe', flag_values=values, sys_argv=argv)
-    _, *words = values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'{error} (known keys: configs/base.py; --help shows the flags)') from error
-  command = command_of(words)
-  own = [name for names in COMMANDS.values() for name in names]
-  given = {name for name in own if name in values and values[name].present}
-  check_flags(command, given | recipes.keys() & {'against'})
-  check_hosts({name: values[name].value for name in HOSTS})
-  workdir = values.workdir or (default_workdir(recipe) if recipe is not None else '.')
-  return command, values.config, workdir, values
+  return values
+
+
+def two_recipes(argv):
+  """Returns a command line whose `--compare A B` is written `--config=A --compare=B`.
+
+  Raises:
+    ValueError: if there is a --config, too.
+  """
+  for place, word in enumerate(argv):
+    both = argv[place + 1 : place + 3]
+    if word in ('-compare', '--compare') and len(both) == 2 and not both[1].startswith('-'):
+      if flag_value(argv, 'config') is not None:
+        raise ValueError(
+          f'--compare {" ".join(both)} beside --config={flag_value(argv, "config")} makes three'
+          ' recipes, expected two; drop one'
+        )
+      return [
+        *argv[:place], f'--config={both[0]}', f'--compare={both[1]}', *argv[place + 3 :]
+      ]
+  return argv
 
 
 def command_of(words):

@@ -1,12 +1,14 @@
 """What a function costs, read from its jaxpr: matrix-product and convolution FLOPs."""
 
+import collections
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 # bfloat16 passes of the matrix unit of a TPU for a product of float32 operands, by its precision.
-PASSES = {jax.lax.Precision.HIGH: 3, jax.lax.Precision.HIGHEST: 6}
+PASSES = {'high': 3, 'highest': 6}
 
 
 def matmul_flops(function, *args):
@@ -26,7 +28,16 @@ def matmul_flops(function, *args):
   Raises:
     ValueError: at a `while` loop, whose trip count the jaxpr does not tell.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr, lambda equation: 1)
+  return sum(products(function, *args).values())
+
+
+def products(function, *args):
+  """Counts like `matmul_flops`, each kind of product apart.
+
+  Returns:
+    {(dtype of the operands, precision): FLOPs}, such as ('float32', 'highest').
+  """
+  return dict(_count(jax.make_jaxpr(function)(*args).jaxpr))
 
 
 def tpu_passes(function, *args):
@@ -34,40 +45,52 @@ def tpu_passes(function, *args):
 
   That is 3 times at precision 'high', 6 at 'highest'; bfloat16 operands and 'default' once.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr, _passes)
+  return sum(
+    flops * (PASSES.get(precision, 1) if dtype == 'float32' else 1)
+    for (dtype, precision), flops in products(function, *args).items()
+  )
 
 
-def _passes(equation):
-  """Returns how often a TPU passes over the operands of a product."""
-  precision = equation.params['precision']
-  if equation.invars[0].aval.dtype != 'float32' or precision is None:
-    return 1
-  return PASSES.get(precision[0], 1)
+def _count(jaxpr):
+  """Returns {kind: FLOPs} of a jaxpr."""
+  total = collections.Counter()
+  for equation in jaxpr.eqns:
+    total.update(_equation(equation))
+  return total
 
 
-def _count(jaxpr, weight):
-  """Sums the FLOPs of a jaxpr, each product weighted."""
-  return sum(_equation(equation, weight) for equation in jaxpr.eqns)
-
-
-def _equation(equation, weight):
-  """Returns the weighted FLOPs of one equation and all inside it."""
+def _equation(equation):
+  """Returns {kind: FLOPs} of one equation and all inside it."""
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contract, _), _ = params['dimension_numbers']
     depth = math.prod(equation.invars[0].aval.shape[i] for i in contract)
-    return 2 * depth * math.prod(equation.outvars[0].aval.shape) * weight(equation)
+    return {_kind(equation): 2 * depth * math.prod(equation.outvars[0].aval.shape)}
   if name == 'conv_general_dilated':
     kernel = equation.invars[1].aval.shape
     out_channels = kernel[params['dimension_numbers'].rhs_spec[0]]
     flops = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
-    return flops * weight(equation)
-  inner = [_count(jaxpr, weight) for jaxpr in inner_jaxprs(params)]
+    return {_kind(equation): flops}
+  inner = [_count(jaxpr) for jaxpr in inner_jaxprs(params)]
   if name == 'while' and any(inner):
     raise ValueError('a while loop with matrix products has no known cost; use lax.scan')
   if name == 'cond':
-    return max(inner)
-  return sum(inner) * (params['length'] if name == 'scan' else 1)
+    return max(inner, key=lambda branch: sum(branch.values()))
+  times = params['length'] if name == 'scan' else 1
+  total = collections.Counter()
+  for part in inner:
+    total.update({kind: flops * times for kind, flops in part.items()})
+  return total
+
+
+def _kind(equation):
+  """Returns (dtype, precision) of a product; of operands that differ the wider."""
+  precision = equation.params['precision']
+  precision = precision[0] if isinstance(precision, tuple) else precision
+  dtype = jnp.promote_types(*(operand.aval.dtype for operand in equation.invars[:2]))
+  if precision is None or isinstance(precision, jax.lax.Precision):
+    return str(dtype), 'default' if precision is None else precision.name.lower()
+  return str(dtype), str(precision)
 
 
 def inner_jaxprs(params):

@@ -129,7 +129,7 @@ class Measurement:
     self.labels = sample.choose_labels(
       settings.labels, self.count, recipe.data.num_classes, settings.seed
     )
-    self.rows = sample.chunk_rows(recipe, self.count)
+    self.rows = samplers.chunk_rows(recipe, self.count)
     total = -(-self.count // self.rows)
     if total < hosts.count():
       raise ValueError(

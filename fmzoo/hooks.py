@@ -168,7 +168,7 @@ class Hooks:
       data = self.recipe.data
       logging.warning(
         'step %d: %d %% of the time since the last log step went by waiting for data; more'
-        ' data.num_threads (%d) or data.num_workers (%d) may help, `bench --loader` measures it',
+        ' data.num_threads (%d) or data.num_workers (%d) may help, `bench --parts=input` tells',
         done, 100 * share, data.num_threads, data.num_workers,
       )
 

@@ -29,8 +29,10 @@ def run(argv):
   writer.setup_logging()
   if command not in ('plan', 'bench'):  # which tell how long it takes to compile
     program_cache.keep()
-  if values.compare is not None:
+  if command == 'evaluate' and values.compare is not None:
     return _compare(values.compare) or 0
+  if command == 'bench' and values.suite:
+    return _suite(values) or 0
   if 'process' in command_line.COMMANDS[command]:
     _meet(command, values)
   status = COMMANDS[command](build.recipe(config), workdir, values) or 0
@@ -122,17 +124,26 @@ def _without_accelerators(topology):
 
 
 def _bench(recipe, workdir, values):
-  """See bench.bench, bench_loader.bench and precision.report."""
-  from fmzoo import bench, build, precision
-
+  """See bench.command.bench and compare, and precision.report."""
   if values.precision:
-    return precision.report(recipe, workdir, runs=values.runs)
-  if values.loader:
-    from fmzoo import bench_loader  # with grain, which an accelerator may lack
+    from fmzoo import precision
 
-    return bench_loader.bench(recipe)
-  others = [build.recipe(values.against)] if 'against' in values else []
-  bench.bench([recipe, *others], runs=values.runs)
+    return precision.report(recipe, workdir, runs=values.runs)
+  from fmzoo import build
+  from fmzoo.bench import command
+
+  options = {'chosen': values.parts, 'runs': values.runs, 'as_json': values.json}
+  if values.compare is not None:
+    return command.compare([recipe, build.recipe(values.compare)], **options)
+  command.bench(recipe, **options)
+
+
+def _suite(values):
+  """See bench.suite.run."""
+  from fmzoo.bench import suite
+
+  runs = values.runs if values['runs'].present else None
+  suite.run(runs=runs, as_json=values.json)
 
 
 COMMANDS = {

@@ -5,7 +5,6 @@ training step does not fit, other layouts are tried, those first whose arithmeti
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -15,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from fmzoo import build, cost, sample, sources, train
+from fmzoo import build, cost, programs
 from fmzoo import sampler as samplers
-from fmzoo.parallel import batch as batches
 from fmzoo.parallel import chips, collectives
 from fmzoo.parallel import mesh as meshes
 
@@ -142,7 +140,7 @@ def training_step(recipe, devices, chip):
   mesh = meshes.make(recipe.mesh, devices)
   size = recipe.data.batch_size
   meshes.check_batch(size, mesh, recipe.method.period, recipe.optim.accumulate_steps)
-  make_step, args = _step(recipe, mesh)
+  make_step, args = programs.abstract_step(recipe, mesh)
   state, flops = args[0], cost.matmul_flops(make_step(), *args)
   return _compiled(
     meshes.compile_step(make_step, mesh, 'jit', state), args, chip, name='training step',
@@ -151,19 +149,11 @@ def training_step(recipe, devices, chip):
   )
 
 
-def _step(recipe, mesh):
-  """Returns (axis_name=None -> train step, shapes of its arguments) of a recipe on a mesh."""
-  inputs, frozen = sources.abstract_inputs(recipe)
-  batch = batches.abstract(sources.abstract_row(recipe), recipe.data.batch_size, mesh, 'jit')
-  args = train.abstract_state(recipe, mesh), batch, frozen
-  return functools.partial(train.make_step, recipe, inputs), args
-
-
 def sampler(recipe, devices, chip):
   """Compiles the sampler of a recipe and returns its Program; every device has all parameters."""
   mesh = meshes.flat(recipe.mesh, devices)
   made = samplers.Sampler(build.changed(recipe, {'data.vae': ''}), mesh)
-  size = sample.chunk_rows(recipe, recipe.sample.num_images) * mesh.size
+  size = samplers.chunk_rows(recipe, recipe.sample.num_images) * mesh.size
   params = jax.eval_shape(recipe.method.init, jax.random.key(0))
   indices = jax.ShapeDtypeStruct((size,), jnp.int32)
   flops = cost.matmul_flops(made.run, params, 0, indices, indices)
@@ -266,7 +256,7 @@ def _cuts(recipe, devices):
     names = [name for name, size in (('mesh.segment', segment), ('mesh.fsdp', fsdp)) if size > 1]
     changes = {'mesh.data': -1, 'mesh.fsdp': fsdp, 'mesh.segment': segment}
     changed = build.changed(recipe, changes)
-    state = train.abstract_state(changed, meshes.make(changed.mesh, devices))
+    state = programs.abstract_state(changed, meshes.make(changed.mesh, devices))
     yield ' and '.join(names), changes, bytes_of(state), bytes_of(state.params)
 
 
@@ -303,11 +293,8 @@ def num_parameters(recipe):
 
 def model_flops(recipe):
   """Returns FLOPs of a step over all devices without recomputation, as MFU counts them."""
-  if 'remat' in recipe.config['model']:
-    recipe = build.changed(recipe, {'model.remat': False})
-  mesh = meshes.make(meshes.Config(data=1, fsdp=1, segment=1, mode='jit'))
-  make_step, args = _step(recipe, mesh)
-  return cost.matmul_flops(make_step(), *args)
+  step, args = programs.model_step(recipe)
+  return cost.matmul_flops(step, *args)
 
 
 def table(recipe, about, programs):

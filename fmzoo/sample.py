@@ -99,11 +99,6 @@ def describe(recipe, **chosen):
   return name if len(name) <= NAME else f'{name[: NAME - 9]}-{zlib.crc32(name.encode()):08x}'
 
 
-def chunk_rows(recipe, count):
-  """Returns how many of `count` images a device makes at a time."""
-  return min(samplers.ROWS, recipe.sample.batch_size, count)
-
-
 def protocol(recipe, params, done, *, labels, num_images, weights):
   """Returns all that one needs to make the same images again, as plain values.
 
@@ -174,7 +169,7 @@ def sample(recipe, workdir, at_step=None):
   labels = choose_labels(
     settings.labels, settings.num_images, recipe.data.num_classes, settings.seed
   )
-  rows = chunk_rows(recipe, settings.num_images)
+  rows = samplers.chunk_rows(recipe, settings.num_images)
   files.expect_writable('--workdir', workdir)
   mesh = meshes.flat(recipe.mesh)
   own = meshes.of_this_host(mesh, at_most=math.ceil(settings.num_images / rows))

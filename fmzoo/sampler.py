@@ -175,6 +175,11 @@ class Sampler:
     return cost.matmul_flops(self.sample, abstract, keys, labels) / 2 / count
 
 
+def chunk_rows(recipe, count):
+  """Returns how many of `count` images a device makes at a time."""
+  return min(ROWS, recipe.sample.batch_size, count)
+
+
 def image_keys(seed, indices):
   """Returns keys [n] of the images with these indices, [n] int32."""
   stream = jax.random.fold_in(jax.random.key(seed), STREAM)

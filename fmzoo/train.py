@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from fmzoo import build, files, sample, sources, step
+from fmzoo import build, files, programs, sample, sources
 from fmzoo import evaluate as evaluation
 from fmzoo import hooks as hooking
 from fmzoo import rows as row_order
 from fmzoo import sampler as samplers
 from fmzoo.data import pipeline
 from fmzoo.parallel import batch as batches
-from fmzoo.parallel import hosts, rules
+from fmzoo.parallel import hosts
 from fmzoo.parallel import mesh as meshes
 
 
@@ -112,9 +112,9 @@ def check_start(recipe, checkpoints):
 
 def compile_step(recipe, mesh, inputs, frozen, row):
   """Returns the compiled train step of a recipe, for batches of rows like `row`."""
-  state = abstract_state(recipe, mesh)
+  state = programs.abstract_state(recipe, mesh)
   train_step = meshes.compile_step(
-    functools.partial(make_step, recipe, inputs), mesh, recipe.mesh.mode, state
+    functools.partial(programs.make_step, recipe, inputs), mesh, recipe.mesh.mode, state
   )
   if recipe.mesh.mode == 'pmap' and jax.process_count() > 1:
     return train_step  # jax lowers it with arrays only, of each host's own rows
@@ -122,36 +122,16 @@ def compile_step(recipe, mesh, inputs, frozen, row):
   return meshes.compile_ahead(train_step, mesh, state, batch, frozen)
 
 
-def make_step(recipe, inputs, axis_name=None):
-  """Returns the train step of a recipe, see step.make."""
-  return step.make(
-    recipe.method, recipe.tx, inputs, ema_decay=recipe.ema.decay, ema_ramp=recipe.ema.ramp,
-    ema_every=recipe.ema.every_steps, accumulate_steps=recipe.optim.accumulate_steps,
-    axis_name=axis_name,
-  )
-
-
-def init_state(recipe, params=None):
-  """Returns the state before the first step; `params` default to fresh ones."""
-  return step.init_state(recipe.method, recipe.tx, jax.random.key(recipe.run.seed), params)
-
-
-def abstract_state(recipe, mesh):
-  """Returns the shapes of a recipe's state, cut over the mesh by `parallel.rules`."""
-  return rules.abstract(jax.eval_shape(lambda: init_state(recipe)), mesh)
-
-
 def restore_or_init(recipe, mesh, checkpoints):
   """Returns (state, finished steps): the newest good checkpoint, or step 0."""
-  restored = checkpoints.restore(abstract_state(recipe, mesh))
+  restored = checkpoints.restore(programs.abstract_state(recipe, mesh))
   if restored is not None:
     logging.info('goes on from the checkpoint of step %d', restored[1])
     return restored
   params = None
   if recipe.run.init_from:
     params = sample.initial_params(recipe, mesh, build.stage_identity(recipe))
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, mesh))
-  return jax.jit(lambda params: init_state(recipe, params), out_shardings=shardings)(params), 0
+  return programs.fresh_state(recipe, mesh, params), 0
 
 
 def own_rows(recipe, mesh):

@@ -51,13 +51,19 @@ ALLOWED = {
   'fmzoo.manager': ({'jax', 'orbax'}, {'fmzoo.parallel.hosts'}),
   'fmzoo.checkpoint': ({'jax', 'orbax', 'absl'}, {
     'fmzoo.checksums', 'fmzoo.manager', 'fmzoo.parallel.hosts'}),
-  'fmzoo.bench': ({'jax', 'numpy'}, {'fmzoo.cost'}),
-  'fmzoo.bench_loader': ({'numpy'}, {'fmzoo.data.pipeline', 'fmzoo.sources'}),
+  'fmzoo.bench': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.bench', 'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.programs',
+    'fmzoo.sampler', 'fmzoo.sources'}),
+  'fmzoo.bench.loader': ({'numpy', 'absl'}, {'fmzoo.data.pipeline', 'fmzoo.sources'}),
+  'fmzoo.bench.suite': ({'jax', 'numpy', 'absl'}, {
+    'fmzoo.bench', 'fmzoo.build', 'fmzoo.command_line', 'fmzoo.data.shards'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),
   'fmzoo.augment': ({'jax', 'numpy'}, {'fmzoo.shapes'}),
   'fmzoo.precision': ({'jax', 'numpy'}, {
     'fmzoo.build', 'fmzoo.cost', 'fmzoo.methods', 'fmzoo.parallel', 'fmzoo.rows', 'fmzoo.sample',
     'fmzoo.sources'}),
+  'fmzoo.programs': ({'jax'}, {
+    'fmzoo.build', 'fmzoo.parallel', 'fmzoo.sources', 'fmzoo.step'}),
   'fmzoo.step': ({'jax', 'optax'}, {'fmzoo.rows'}),
   'fmzoo.optimizer': ({'jax', 'optax'}, set()),
   'fmzoo.encoders': ({'jax', 'flax', 'numpy', 'optax', 'absl'}, {
@@ -85,19 +91,18 @@ ALLOWED = {
     'fmzoo.parallel', 'fmzoo.picture_stream', 'fmzoo.pictures', 'fmzoo.sources', 'fmzoo.writer'}),
   'fmzoo.train': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.build', 'fmzoo.data', 'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.hooks', 'fmzoo.parallel',
-    'fmzoo.rows', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources', 'fmzoo.step'}),
+    'fmzoo.programs', 'fmzoo.rows', 'fmzoo.sample', 'fmzoo.sampler', 'fmzoo.sources'}),
   'fmzoo.hooks': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.evaluate', 'fmzoo.files', 'fmzoo.metrics.protocol', 'fmzoo.parallel', 'fmzoo.pictures',
     'fmzoo.sampler', 'fmzoo.step', 'fmzoo.writer'}),
   'fmzoo.plan': ({'jax', 'absl'}, {
-    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.sample', 'fmzoo.sampler',
-    'fmzoo.sources', 'fmzoo.train'}),
+    'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.programs', 'fmzoo.sampler'}),
   'fmzoo.convert_weights': ({'jax', 'absl'}, {'fmzoo.convert', 'fmzoo.files', 'fmzoo.sample'}),
   'fmzoo.command_line': ({'absl', 'ml_collections'}, {'fmzoo.paths'}),
   'fmzoo.main': (set(), {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights',
-    'fmzoo.bench', 'fmzoo.bench_loader', 'fmzoo.parallel.ends', 'fmzoo.parallel.hosts',
+    'fmzoo.bench', 'fmzoo.parallel.ends', 'fmzoo.parallel.hosts',
     'fmzoo.plan', 'fmzoo.precision', 'fmzoo.program_cache'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }

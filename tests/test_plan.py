@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import plan, sources, train
+from fmzoo import plan, programs, sources
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import chips, rules
 from fmzoo.parallel import mesh as meshes
@@ -57,12 +57,12 @@ def test_state_is_counted_to_the_byte(memory):
   recipe = tiny.recipe('fm', mesh__fsdp=4, data__batch_size=8)
   mesh = meshes.make(recipe.mesh)
   inputs, _ = sources.abstract_inputs(recipe)
-  state = train.abstract_state(recipe, mesh)
+  state = programs.abstract_state(recipe, mesh)
   batch = batches.abstract(sources.abstract_row(recipe), 8, mesh, 'jit')
-  step = meshes.compile_step(lambda _: train.make_step(recipe, inputs), mesh, 'jit', state)
+  step = meshes.compile_step(lambda _: programs.make_step(recipe, inputs), mesh, 'jit', state)
   given = step.lower(state, batch, ()).compile().memory_analysis().argument_size_in_bytes
   assert given == plan.bytes_of(state) + 8 // 8 * (8 * 8 * 4 + 4)
-  whole = plan.bytes_of(train.abstract_state(recipe, tiny.mesh(1)))
+  whole = plan.bytes_of(programs.abstract_state(recipe, tiny.mesh(1)))
   assert whole / 4 <= plan.bytes_of(state) < whole / 3
 
 
@@ -128,7 +128,7 @@ def test_where_nothing_fits_it_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize('fsdp,asked', [(1, False), (2, True)])
 def test_shared_weights_come_whole_to_their_products(memory, fsdp, asked):
   recipe = tiny.recipe('bfm', mesh__data=2, mesh__fsdp=fsdp)
-  make_step, args = plan._step(recipe, meshes.make(recipe.mesh))
+  make_step, args = programs.abstract_step(recipe, meshes.make(recipe.mesh))
   step = meshes.compile_step(make_step, meshes.make(recipe.mesh), 'jit', args[0])
   assert ('sharding_constraint' in step.lower(*args).as_text()) == asked
 

@@ -7,8 +7,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from fmzoo.convert import names, torch_file, torch_pickle
 
@@ -60,6 +58,8 @@ def is_torch(path):
 @contextlib.contextmanager
 def _opened_safetensors(path):
   """Opens a safetensors file."""
+  import safetensors  # here: who reads no file may lack it
+
   with contextlib.ExitStack() as stack:
     try:
       file = stack.enter_context(safetensors.safe_open(path, 'numpy'))
@@ -127,6 +127,8 @@ def save(path, tensors):
   Raises:
     ValueError: if there is such a file, or torch is needed and missing.
   """
+  import safetensors.numpy
+
   path = pathlib.Path(path)
   expect_writable(path)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -260,9 +260,19 @@ def compile_ahead(function, mesh, *args):
     ValueError: says how much it needs and how much there is.
   """
   compiled = function.lower(*args).compile()
+  expect_memory(compiled, mesh)
+  return compiled
+
+
+def expect_memory(compiled, mesh):
+  """Refuses a compiled program that the devices of a mesh have no memory for.
+
+  Raises:
+    ValueError: says how much it needs and how much there is.
+  """
   needed, free = compiled.memory_analysis(), _free_bytes(mesh)
   if needed is None or free is None:
-    return compiled
+    return
   kept = needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
   work = needed.temp_size_in_bytes
   if not hosts.all_agree(kept + work <= free):
@@ -276,7 +286,6 @@ def compile_ahead(function, mesh, *args):
       f' work {work / 1e9:.1f}), {mesh.local_devices[0].device_kind} has {free / 1e9:.1f} GB free;'
       f' {remedy}'
     )
-  return compiled
 
 
 def _free_bytes(mesh):

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmzoo import bench_loader, command_line, sources
+from fmzoo import sources
+from fmzoo.bench import loader
 from fmzoo.data import latents, shards
 from tests import tiny
 
@@ -55,18 +56,17 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def recipe(folder, monkeypatch):
   """Of these latents; a figure takes a fifth of a second at most, with no process but this one."""
-  monkeypatch.setattr(bench_loader, 'WORKERS', (0,))
-  monkeypatch.setattr(bench_loader, 'SECONDS', 0.2)
+  monkeypatch.setattr(loader, 'WORKERS', (0,))
+  monkeypatch.setattr(loader, 'SECONDS', 0.2)
   return tiny.recipe(
     'fm', data__name='latents', data__path=str(folder), data__latent_size=4, data__channels=2,
     data__num_classes=5, data__latent_scale=0.5, data__batch_size=BATCH, data__num_threads=1,
   )
 
 
-def bench(recipe, capsys):
+def bench(recipe):
   """Returns (lines before the table, its cells by row)."""
-  bench_loader.bench(recipe)
-  lines = capsys.readouterr().out.splitlines()
+  lines = loader.table(loader.measure(recipe, sources.open_rows(recipe)))
   start = lines.index(HEAD)
   assert re.fullmatch(r'(\|-+){5}\|', lines[start + 1].replace(' ', ''))
   table = [[cell.strip() for cell in line.split('|')] for line in lines[start + 2 :]]
@@ -74,10 +74,10 @@ def bench(recipe, capsys):
   return lines[:start], [row[1:6] for row in table]
 
 
-def test_every_worker_count_has_its_positive_numbers(recipe, monkeypatch, capsys):
+def test_every_worker_count_has_its_positive_numbers(recipe, monkeypatch):
   monkeypatch.undo()
-  monkeypatch.setattr(bench_loader, 'SECONDS', 0.05)
-  before, table = bench(recipe, capsys)
+  monkeypatch.setattr(loader, 'SECONDS', 0.05)
+  before, table = bench(recipe)
   assert before == ['160 rows of 132 bytes, batches of 8, data.num_threads=1', '']
   assert [row[0] for row in table] == ['0', '1', '2']
   cold = hasattr(os, 'posix_fadvise')
@@ -86,17 +86,17 @@ def test_every_worker_count_has_its_positive_numbers(recipe, monkeypatch, capsys
     assert all(float(cell) > 0 for cell in cells if cell)
 
 
-def test_rates_are_those_of_the_source(recipe, folder, monkeypatch, capsys):
+def test_rates_are_those_of_the_source(recipe, folder, monkeypatch):
   """A batch a pause, and no more: what buffers held does not count."""
   monkeypatch.setattr(sources, 'open_rows', lambda recipe: Slow(folder))
-  _, [[_, first, cold, warm, megabytes]] = bench(recipe, capsys)
+  _, [[_, first, cold, warm, megabytes]] = bench(recipe)
   for rate in (cold, warm):
     assert 0.3 * BATCH / PAUSE < float(rate) < 1.2 * BATCH / PAUSE
   assert float(megabytes) == pytest.approx(float(warm) * 132 / 1e6, rel=0.02)
   assert float(first) >= PAUSE
 
 
-def test_warm_rows_were_read_before_and_cold_ones_were_not(recipe, folder, monkeypatch, capsys):
+def test_warm_rows_were_read_before_and_cold_ones_were_not(recipe, folder, monkeypatch):
   """Also in a second line, which the first must not warm."""
   rows, asked = Remembering(folder), []
 
@@ -106,10 +106,10 @@ def test_warm_rows_were_read_before_and_cold_ones_were_not(recipe, folder, monke
     return True
 
   monkeypatch.setattr(sources, 'open_rows', lambda recipe: rows)
-  monkeypatch.setattr(bench_loader, 'forget', forget)
-  monkeypatch.setattr(bench_loader, 'WORKERS', (0, 0))
-  monkeypatch.setattr(bench_loader, 'SECONDS', 8 * PAUSE)  # half of an epoch
-  _, table = bench(recipe, capsys)
+  monkeypatch.setattr(loader, 'forget', forget)
+  monkeypatch.setattr(loader, 'WORKERS', (0, 0))
+  monkeypatch.setattr(loader, 'SECONDS', 8 * PAUSE)  # half of an epoch
+  _, table = bench(recipe)
   for _, _, cold, warm, _ in table:
     assert float(cold) < 1.2 * BATCH / PAUSE and float(warm) > 3 * float(cold)
   names = sorted(file.name for file in folder.glob('*.array_record'))
@@ -118,20 +118,20 @@ def test_warm_rows_were_read_before_and_cold_ones_were_not(recipe, folder, monke
 
 def test_reading_ends_where_it_is_told(recipe, folder):
   rows, epoch = latents.LatentSource(folder), ROWS // BATCH
-  assert bench_loader.rate(recipe, rows, 0, most=epoch)[2] == epoch
-  assert bench_loader.rate(recipe, rows, 0, most=7, settled=5)[2] == 7
-  assert bench_loader.rate(recipe, rows, 0)[2] > epoch
+  assert loader.rate(recipe, rows, 0, most=epoch)[2] == epoch
+  assert loader.rate(recipe, rows, 0, most=7, settled=5)[2] == 7
+  assert loader.rate(recipe, rows, 0)[2] > epoch
 
 
-def test_nothing_is_cold_where_the_system_cannot_forget(recipe, monkeypatch, capsys):
+def test_nothing_is_cold_where_the_system_cannot_forget(recipe, monkeypatch):
   monkeypatch.delattr(os, 'posix_fadvise', raising=False)
-  _, [[_, _, cold, warm, _]] = bench(recipe, capsys)
+  _, [[_, _, cold, warm, _]] = bench(recipe)
   assert cold == '' and float(warm) > 0
 
 
-def test_nothing_is_cold_in_memory(recipe, monkeypatch, capsys):
+def test_nothing_is_cold_in_memory(recipe, monkeypatch):
   digits = tiny.recipe('fm', data__batch_size=500)  # three batches are an epoch
-  before, [[_, _, cold, warm, _]] = bench(digits, capsys)
+  before, [[_, _, cold, warm, _]] = bench(digits)
   assert cold == '' and float(warm) > 0 and len(before) == 2
 
 
@@ -139,22 +139,15 @@ def test_rows_in_a_bucket_have_no_files(folder, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   rows = latents.LatentSource(folder)
   data = SimpleNamespace(name='latents', path='gs://bucket/latents')
-  assert bench_loader.shard_files(rows, data) == []
-  found = bench_loader.shard_files(rows, SimpleNamespace(name='latents', path=str(folder)))
+  assert loader.shard_files(rows, data) == []
+  found = loader.shard_files(rows, SimpleNamespace(name='latents', path=str(folder)))
   assert sorted(found) == sorted(pathlib.Path(folder).glob('*.array_record'))
 
 
-def test_too_few_rows_are_not_called_cold(recipe, folder, monkeypatch, capsys):
-  monkeypatch.setattr(bench_loader, 'FEWEST', ROWS // BATCH + 1)
-  before, [[_, _, cold, warm, _]] = bench(recipe, capsys)
+def test_too_few_rows_are_not_called_cold(recipe, folder, monkeypatch):
+  monkeypatch.setattr(loader, 'FEWEST', ROWS // BATCH + 1)
+  before, [[_, _, cold, warm, _]] = bench(recipe)
   assert before[2] == (
     '160 rows are too few to read cold: 20 batches, 21 are needed; lower data.batch_size'
   )
   assert cold == '' and float(warm) > 0
-
-
-def test_runs_are_not_for_reading():
-  with pytest.raises(ValueError, match='--runs and --loader exclude each other: reading is timed'):
-    command_line.parse(
-      ['fmzoo', 'bench', '--config=configs/soflow_digits.py', '--loader', '--runs=5']
-    )

@@ -9,8 +9,10 @@ import itertools
 import os
 import pathlib
 import time
+from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from fmzoo import sources
 from fmzoo.data import pipeline
@@ -21,41 +23,84 @@ SETTLED = 8  # batches before a warm figure, so that buffers have filled
 FEWEST = 2 * SETTLED  # batches of an epoch for a cold figure, so that most are no buffer's
 
 
-def bench(recipe):
-  """Reads a recipe's batches with 0, 1 and 2 workers and prints a table.
+class Rate(NamedTuple):
+  """What some reading processes reach."""
 
-  A cell is empty where it cannot be measured.
+  workers: int  # reading processes beside this one; 0 reads in it
+  first_seconds: float  # to the first batch
+  cold: float | None  # rows per second; None where it cannot be measured
+  warm: float  # rows per second
+
+
+class Reading(NamedTuple):
+  """What reading a recipe's rows takes."""
+
+  rows: int
+  row_bytes: int
+  batch_size: int
+  num_threads: int
+  has_too_few: bool  # to read them cold
+  rates: list  # of Rate
+
+
+def measure(recipe, rows):
+  """Reads a recipe's batches with 0, 1 and 2 workers and returns a Reading.
 
   Args:
     recipe: build.Recipe; data.name, batch_size, num_threads and path are used.
+    rows: of sources.open_rows.
   """
-  rows, data = sources.open_rows(recipe), recipe.data
+  data = recipe.data
   size = sum(values.nbytes for values in rows.batch(np.arange(1)).values())
   files, epoch = shard_files(rows, data), len(rows) // data.batch_size
-  print(
-    f'{len(rows)} rows of {size} bytes, batches of {data.batch_size}, data.num_threads='
-    f'{data.num_threads}', '', sep='\n',
-  )
-  if files and epoch < FEWEST:
-    print(
-      f'{len(rows)} rows are too few to read cold: {epoch} batches, {FEWEST} are needed; lower'
-      ' data.batch_size\n'
-    )
-    files = []
-  print(
+  has_too_few = bool(files) and epoch < FEWEST
+  rates = [
+    _measure(recipe, rows, workers, [] if has_too_few else files, epoch) for workers in WORKERS
+  ]
+  return Reading(len(rows), size, data.batch_size, data.num_threads, has_too_few, rates)
+
+
+def _measure(recipe, rows, workers, files, epoch):
+  """Returns the Rate of some workers."""
+  logging.info('reading with %d worker(s)', workers)
+  is_cold = forget(files)
+  first, cold, count = rate(recipe, rows, workers, most=epoch if is_cold else None)
+  settled = min(SETTLED, count // 2 - 1)  # of what was read, some must be left to time
+  most = count if is_cold else None  # what comes after it is still cold
+  _, warm, _ = rate(recipe, rows, workers, most, settled)
+  return Rate(workers, first, cold if is_cold else None, warm)
+
+
+def table(reading, wanted=None):
+  """Returns a Reading as lines, a Markdown table among them; a cell that is unknown is empty.
+
+  Args:
+    reading: Reading.
+    wanted: rows per second that a training step consumes, if it was measured.
+  """
+  lines = [
+    f'{reading.rows} rows of {reading.row_bytes} bytes, batches of {reading.batch_size},'
+    f' data.num_threads={reading.num_threads}', '',
+  ]
+  if reading.has_too_few:
+    lines += [
+      f'{reading.rows} rows are too few to read cold: {reading.rows // reading.batch_size} batches,'
+      f' {FEWEST} are needed; lower data.batch_size', '',
+    ]
+  lines += [
     '| workers | first batch, s | rows/s, cold | rows/s, warm | MB/s, warm |',
-    '|---|---|---|---|---|', sep='\n',
-  )
-  for workers in WORKERS:
-    is_cold = forget(files)
-    first, cold, count = rate(recipe, rows, workers, most=epoch if is_cold else None)
-    settled = min(SETTLED, count // 2 - 1)  # of what was read, some must be left to time
-    most = count if is_cold else None  # what comes after it is still cold
-    _, warm, _ = rate(recipe, rows, workers, most, settled)
-    print(
-      f'| {workers} | {first:.3g} | {f"{cold:.0f}" if is_cold else ""} | {warm:.0f} |'
-      f' {warm * size / 1e6:.3g} |'
+    '|---|---|---|---|---|',
+  ]
+  for row in reading.rates:
+    cold = '' if row.cold is None else f'{row.cold:.0f}'
+    megabytes = row.warm * reading.row_bytes / 1e6
+    lines.append(
+      f'| {row.workers} | {row.first_seconds:.3g} | {cold} | {row.warm:.0f} | {megabytes:.3g} |'
     )
+  if wanted is not None:
+    times = ', '.join(f'{row.warm / wanted:.3g}' for row in reading.rates)
+    lines += ['', f'The training step consumes {wanted:.0f} rows/s; read warm: {times} times that.']
+  return lines
 
 
 def shard_files(rows, data):
