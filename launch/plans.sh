@@ -22,13 +22,14 @@ END
 }
 
 {
-  cat <<'END'
+  cat <<END
 # What the XL recipes take on slices of TPUs
 
 Compiled ahead of time by the TPU's compiler on a machine without one: nothing here has run on a
-TPU. Bytes and FLOPs are of one device and one call, GB = 1e9 bytes. `available` is what the
+TPU. Bytes and FLOPs are of one device and one call, GB = 1e9 bytes. \`available\` is what the
 compiler leaves to a program. Traffic is that of the compiled program, as
-`fmzoo/parallel/collectives.py` defines its bytes. Written by `bash launch/plans.sh`.
+\`fmzoo/parallel/collectives.py\` defines its bytes. Written by \`bash launch/plans.sh\` on $(date +%F),
+libtpu $(python -c 'import libtpu; print(libtpu.__version__)').
 END
   plan configs/bfm_xl.py v5e:2x4 --config.data.batch_size=240
   plan configs/bfm_xl.py v4:2x2x4 --nosampler
@@ -36,6 +37,8 @@ END
   plan configs/bfm_xl.py v6e:2x4 --config.mesh.fsdp=8 --nosampler
   plan configs/bfm_xl.py v5e:16x16 --config.mesh.fsdp=8 --nosampler
   plan configs/bfm_xl.py v5e:4x6 --config.data.batch_size=720 --config.mesh.segment=6 --nosampler
+  plan configs/bfm_xl.py cpu:6 --config.data.batch_size=36 --nosampler
+  plan configs/bfm_xl.py cpu:6 --config.data.batch_size=36 --config.mesh.segment=6 --nosampler
   plan configs/soflow.py:xl2 v5e:2x4 --config.mesh.fsdp=8
   plan configs/soflow.py:xl2 v4:2x2x4 --config.mesh.fsdp=4 --nosampler
   plan configs/soflow.py:xl2 v5p:2x2x2 --nosampler
