@@ -23,10 +23,12 @@ def run(argv):
   command, config, workdir, values = command_line.parse(argv)
   if command == 'plan':
     _without_accelerators(values.topology)
-  from fmzoo import build, writer  # after help and bad flags: jax takes its time
+  from fmzoo import build, program_cache, writer  # after help and bad flags: jax takes its time
   from fmzoo.parallel import hosts
 
   writer.setup_logging()
+  if command not in ('plan', 'bench'):  # which tell how long it takes to compile
+    program_cache.keep()
   if command == 'evaluate' and values.compare is not None:
     return _compare(values.compare) or 0
   if command == 'bench' and (values.suite or values.pareto):

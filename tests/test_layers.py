@@ -13,6 +13,7 @@ ALLOWED = {
   'fmzoo.paths': (set(), set()),
   'fmzoo.cost': ({'jax'}, set()),
   'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
+  'fmzoo.program_cache': ({'jax'}, set()),
   'fmzoo.rows': ({'jax', 'numpy'}, set()),
   'fmzoo.methods.bfm': ({'jax'}, {
     'fmzoo.rows', 'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow',
@@ -105,7 +106,7 @@ ALLOWED = {
     'fmzoo.command_line', 'fmzoo.build', 'fmzoo.writer', 'fmzoo.train', 'fmzoo.sample',
     'fmzoo.evaluate', 'fmzoo.make_reference', 'fmzoo.data.prepare', 'fmzoo.convert_weights',
     'fmzoo.bench', 'fmzoo.parallel.ends', 'fmzoo.parallel.hosts',
-    'fmzoo.plan', 'fmzoo.precision'}),
+    'fmzoo.plan', 'fmzoo.precision', 'fmzoo.program_cache'}),
   'configs': ({'ml_collections'}, {'configs'}),
 }
 

@@ -284,10 +284,16 @@ def rotary_table(grid, head_width, theta=10000.0):
 
 
 def rotate(x, table):
-  """Turns adjacent channel pairs (2i, 2i + 1) of x [B, N, A, E] by the angles of `rotary_table`."""
+  """Turns adjacent channel pairs (2i, 2i + 1) of x [B, N, A, E] by the angles of `rotary_table`.
+
+  Returns:
+    [B, N, A, E], first halves of all pairs before second halves: products of q and k that are both
+    turned so are the same in any order of channels, and to put pairs back takes a CPU longer than
+    to turn them.
+  """
   cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
   even, odd = x[..., 0::2], x[..., 1::2]
-  return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
+  return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
 
 
 def layer_norm(x):

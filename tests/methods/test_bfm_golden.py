@@ -347,7 +347,9 @@ class Debug:
     self.check(f'{name}_q_before_norm', jnp.swapaxes(q, 1, 2))
     q = layers.RMSNorm().apply({'params': attention['q_norm']}, q)
     self.check(f'{name}_q_after_norm', jnp.swapaxes(q, 1, 2))
-    self.check(f'{name}_q_after_rope', jnp.swapaxes(layers.rotate(q, self.rotary), 1, 2))
+    halves = layers.rotate(q, self.rotary).reshape(*q.shape[:3], 2, -1)
+    turned = jnp.swapaxes(halves, 3, 4).reshape(q.shape)  # pairs side by side again
+    self.check(f'{name}_q_after_rope', jnp.swapaxes(turned, 1, 2))
     attend = layers.Attention(heads, qk_norm=True)
     branch = attend.apply({'params': attention}, x, self.rotary)
     self.check(f'{name}_attn_out', branch)
