@@ -2,7 +2,9 @@
 
 import builtins
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,7 +21,10 @@ SMALL = {
 
 @pytest.fixture
 def small(monkeypatch):
-  """Two numbers of steps of tiny networks on digits, one small product for a ceiling."""
+  """Two numbers of steps of tiny networks on digits; a program takes a millisecond an image.
+
+  What it takes to time one is in test_measure.py.
+  """
 
   def recipe_of(curve, steps, place):
     method, changes = SMALL[curve.name]
@@ -32,7 +37,9 @@ def small(monkeypatch):
   monkeypatch.setattr(pareto, 'curves', lambda size: curves)
   monkeypatch.setattr(pareto, 'recipe_of', recipe_of)
   monkeypatch.setattr(pareto.vae, 'SD_VAE', tiny.VAE)
-  monkeypatch.setattr(measure, 'SECONDS', 0.001)
+  monkeypatch.setattr(measure, 'measure', lambda programs, runs: [
+    SimpleNamespace(seconds=np.full(runs, 1e-3 * program.rows)) for program in programs
+  ])
   monkeypatch.setattr(ceiling, 'SIZES', {'cpu': (64,)})
   monkeypatch.setattr(ceiling, 'FLOPS', {'cpu': 1e6})
 
@@ -45,7 +52,8 @@ def test_points_follow_from_the_counts(small, tmp_path, capsys):
   by_name = {}
   for point in points:
     by_name.setdefault(point['name'], []).append(point)
-    assert point['latency'] > 0 and point['throughput'] > 0 and point['mfu'] > 0
+    assert point['latency'] == pytest.approx(1e-3) and point['images'] == pareto.IMAGES['cpu']
+    assert point['throughput'] == pytest.approx(1e3) and point['mfu'] > 0
   assert list(by_name) == list(SMALL) and decoder['gmac'] > 0
   for name, (one, two) in by_name.items():
     factor = 1 if name == 'SoFlow' else 2
@@ -59,12 +67,14 @@ def test_points_follow_from_the_counts(small, tmp_path, capsys):
     assert min(image.size) > 300 and len(image.convert('RGB').getcolors(1 << 20)) > 50
 
 
-def test_the_table_has_a_line_for_every_point(small, capsys):
+def test_the_table_has_a_line_for_every_point(small, monkeypatch, capsys):
+  point = pareto.Point('SiT', 6, 1.25, 2.5, 4, 0.5, 8.0, 0.75)
+  monkeypatch.setattr(pareto, '_point', lambda curve, *_: point._replace(name=curve.name))
+  monkeypatch.setattr(pareto, '_decoder', lambda *_: point._replace(name='decoder'))
   pareto.run('s', runs=1)
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
-  assert len(lines) == 1 + 8 + 1
-  assert [line.split(' | ')[1] for line in lines[1:3]] == ['6', '12']
-  assert all(len(line.split('|')) == 9 for line in lines)
+  assert 'images/s, 4 at a time' in lines[0] and len(lines) == 1 + 8 + 1
+  assert lines[1] == '| SiT | 6 | 1.25 | 2.5 | 500 | 8 | 75.0% |' and '| decoder |' in lines[-1]
 
 
 @pytest.mark.parametrize('size', command_line.SIZES)
