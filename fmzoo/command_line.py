@@ -20,7 +20,7 @@ COMMANDS = {  # and the flags that each takes beside --config and --workdir
   'prepare': ('from', 'dtype', 'shard_rows', *HOSTS),
   'convert': ('step', 'weights', 'export'),
   'plan': ('topology', 'mfu', 'json', 'sampler'),
-  'bench': ('parts', 'runs', 'json', 'compare', 'suite', 'precision'),
+  'bench': ('parts', 'runs', 'json', 'compare', 'suite', 'pareto', 'plot', 'precision'),
 }
 EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('step', 'samples'): 'measure a checkpoint or a file',
@@ -37,10 +37,16 @@ EXCLUSIVE = {  # pairs of flags, and what to choose between
   ('json', 'precision'): 'policies of rounding come as a table',
   ('precision', 'suite'): 'measure policies of rounding or the standing cases',
   ('parts', 'suite'): 'the standing cases say what of them is measured',
+  ('compare', 'pareto'): 'compare two recipes or all methods',
+  ('pareto', 'precision'): 'measure all methods or policies of rounding',
+  ('pareto', 'suite'): 'measure all methods over steps or the standing cases',
+  ('parts', 'pareto'): 'of all methods the samplers are measured',
 }
 PATHS = (  # flags that name a file or folder
-  'workdir', 'samples', 'weights', 'export', 'from', 'make_reference',
+  'workdir', 'samples', 'weights', 'export', 'from', 'make_reference', 'plot',
 )
+WITHOUT_RECIPE = ('compare', 'suite', 'pareto')  # flags that need no --config
+SIZES = ('s', 'b', 'l', 'xl')  # of --pareto
 USAGE = """\
 fmzoo: blockwise flow matching and solution flow models in JAX.
 
@@ -55,7 +61,8 @@ commands
   plan       compiles training step and sampler for a TPU slice (--topology): memory, FLOPs,
              traffic between chips; needs no TPU and no data; exit status 3 if nothing fits
   bench      times training step, sampler and reading: images/s, FLOPs, MFU, memory, compilation; or
-             two recipes in turn (--compare A B), or the standing cases (--suite)
+             two recipes in turn (--compare A B), the standing cases (--suite), or what an image
+             costs by every method over numbers of steps (--pareto)
 
 flags
   --config   recipe, such as configs/soflow_digits.py; without it the workdir's config.json
@@ -87,6 +94,9 @@ flags
              only input needs data (bench)
   --runs     timed runs of each program; default 20 (bench)
   --suite    in place of a recipe: the standing cases of docs/benchmarks.md for this device (bench)
+  --pareto   in place of a recipe: s, b, l or xl, the size at which SiT, BFM, its FRN and SoFlow
+             sample with fewer and more steps (bench)
+  --plot     .png to draw what --pareto measures into; needs matplotlib (bench)
   --precision  in place of that: what rounding does to SoFlow's loss and what it costs; trained
              parameters of --workdir if it has a checkpoint, else random ones (bench)
   --coordinator  HOST:PORT where several processes meet, a free port of process 0; Cloud TPU pods,
@@ -132,8 +142,8 @@ def parse(argv):
   recipe, argv = without_recipe(argv, 'config')
   if recipe is not None:
     recipes = {'config': recipe_config('config', recipe)}
-  else:  # results are compared, and standing cases measured, without any
-    is_needed = flag_value(argv, 'compare') is None and flag_value(argv, 'suite') is None
+  else:
+    is_needed = all(flag_value(argv, name) is None for name in WITHOUT_RECIPE)
     recipes = {'config': stored_config(argv) if is_needed else ConfigDict()}
   if other is not None:
     recipes['compare'] = recipe_config('compare', other)
@@ -149,8 +159,9 @@ def parse(argv):
   command = command_of(words)
   if command == 'bench' and command != leading and flag_value(argv, 'compare') is not None:
     raise ValueError("--compare before 'bench' is not understood; write fmzoo bench --compare A B")
-  if values.suite and recipe is not None:
-    raise ValueError(f'--config={recipe} is no part of the standing cases of --suite; drop one')
+  for name in ('suite', 'pareto'):
+    if values[name].value and recipe is not None:
+      raise ValueError(f'--config={recipe} is no part of what --{name} measures; drop one of them')
   own = [name for names in COMMANDS.values() for name in names]
   given = {name for name in own if name in values and values[name].present}
   check_flags(command, given | recipes.keys() & {'compare'})
@@ -177,6 +188,7 @@ def flag_values(has_recipe_to_compare):
     flags.DEFINE_boolean(name, False, 'see USAGE', flag_values=values)
   if not has_recipe_to_compare:
     flags.DEFINE_string('compare', None, 'see USAGE', flag_values=values)
+  flags.DEFINE_enum('pareto', None, SIZES, 'see USAGE', flag_values=values)
   flags.DEFINE_list('parts', None, 'see USAGE', flag_values=values)
   flags.DEFINE_integer('runs', 20, 'see USAGE', flag_values=values, lower_bound=1)
   return values
@@ -228,6 +240,8 @@ def check_flags(command, given):
   for (first, second), choice in EXCLUSIVE.items():
     if {first, second} <= given:
       raise ValueError(f'--{first} and --{second} exclude each other: {choice}')
+  if 'plot' in given and 'pareto' not in given:
+    raise ValueError("--plot draws what --pareto=SIZE measures; give that, too, or drop the flag")
   if command == 'evaluate' and 'from' in given and 'make_reference' not in given:
     raise ValueError("'evaluate' takes --from=SOURCE only with --make_reference=FILE; see --help")
   if command == 'prepare' and 'from' not in given:

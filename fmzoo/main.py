@@ -31,8 +31,8 @@ def run(argv):
     program_cache.keep()
   if command == 'evaluate' and values.compare is not None:
     return _compare(values.compare) or 0
-  if command == 'bench' and values.suite:
-    return _suite(values) or 0
+  if command == 'bench' and (values.suite or values.pareto):
+    return _standing(values) or 0
   if 'process' in command_line.COMMANDS[command]:
     _meet(command, values)
   status = COMMANDS[command](build.recipe(config), workdir, values) or 0
@@ -138,12 +138,14 @@ def _bench(recipe, workdir, values):
   command.bench(recipe, **options)
 
 
-def _suite(values):
-  """See bench.suite.run."""
-  from fmzoo.bench import suite
+def _standing(values):
+  """See bench.suite.run and bench.pareto.run, which bring recipes of their own."""
+  from fmzoo.bench import pareto, suite
 
-  runs = values.runs if values['runs'].present else None
-  suite.run(runs=runs, as_json=values.json)
+  options = {'runs': values.runs if values['runs'].present else None, 'as_json': values.json}
+  if values.suite:
+    return suite.run(**options)
+  pareto.run(values.pareto, plot=values.plot, **options)
 
 
 COMMANDS = {

@@ -55,6 +55,9 @@ ALLOWED = {
     'fmzoo.bench', 'fmzoo.build', 'fmzoo.cost', 'fmzoo.parallel', 'fmzoo.programs',
     'fmzoo.sampler', 'fmzoo.sources'}),
   'fmzoo.bench.loader': ({'numpy', 'absl'}, {'fmzoo.data.pipeline', 'fmzoo.sources'}),
+  'fmzoo.bench.pareto': ({'jax', 'numpy', 'absl', 'matplotlib'}, {
+    'fmzoo.bench', 'fmzoo.build', 'fmzoo.command_line', 'fmzoo.cost', 'fmzoo.models.vae',
+    'fmzoo.parallel'}),
   'fmzoo.bench.suite': ({'jax', 'numpy', 'absl'}, {
     'fmzoo.bench', 'fmzoo.build', 'fmzoo.command_line', 'fmzoo.data.shards'}),
   'fmzoo.inputs': ({'jax'}, {'fmzoo.augment', 'fmzoo.methods.flow'}),
