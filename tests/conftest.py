@@ -1,6 +1,7 @@
 """What every test runs under: eight simulated devices, strict ranks, one golden folder."""
 
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -9,7 +10,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # XLA compiles a train step in half the time where it does not fuse by way of MLIR. It stops at a
 # flag that it does not know, so others than the release this was tried with go without.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  flags = (os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false')
+  flags = (
+    os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false',
+    '--xla_cpu_parallel_codegen_split_count=1',  # threads that share a program repeat work
+  )
   os.environ['XLA_FLAGS'] = ' '.join(filter(None, flags))
 
 import jax
@@ -23,6 +27,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Most of a test's time is compilation, which optimises little here, and many tests compile the same
 # programs. Processes that tests start optimise as ever, and keep what they compile, too.
 jax.config.update('jax_disable_most_optimizations', True)
+gc.set_threshold(100_000, 50, 50)  # tracing makes many objects, few of them in cycles
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'

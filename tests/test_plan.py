@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from fmzoo import plan, programs, sources
+from fmzoo import main, plan, programs, sources
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import chips, rules
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
+SIT = '--config=configs/sit_digits.py'
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def command(*flags):
 )
 def test_a_recipe_is_compiled_for_tpus():
   done = command(
-    '--config=configs/sit_digits.py', '--config.model.depth=1', '--topology=v5e:2x2', '--json',
+    SIT, '--config.model.depth=1', '--topology=v5e:2x2', '--json',
     '--config.sample.guidance=2.0',  # whose halves must not change devices
   )
   assert done.returncode == 0, done.stderr
@@ -175,7 +176,6 @@ def test_a_recipe_is_compiled_for_tpus():
 
 
 @pytest.mark.parametrize('flags,words', [
-  (['--topology=cpu:3'], 'data.batch_size=128 .* use 126 or 129'),
   (['--topology=v5e:3'], "topology 'v5e:3'"),
   (['--mfu=40'], '--mfu=40.0 must be'),
   (['--mfu=0.4', '--topology=cpu:2'], '--mfu=0.4 needs chips'),
@@ -183,9 +183,22 @@ def test_a_recipe_is_compiled_for_tpus():
   (['--config.mesh.mode=pmap'], "mesh.mode='pmap' is not planned"),
   (['--config.mesh.segment=2'], 'mesh.segment=2 .* use 1'),
 ])
-def test_what_cannot_be_planned_is_one_line(flags, words):
-  done = command('--config=configs/sit_digits.py', *flags)
-  assert done.returncode == 2
-  (line,) = done.stderr.splitlines()
+def test_what_cannot_be_planned_is_one_line(flags, words, monkeypatch, capsys):
+  """In this process, which has its devices; the environment that others would see is put back."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(os, 'environ', os.environ.copy())
+  monkeypatch.setattr(sys, 'argv', ['fmzoo', 'plan', SIT, *flags])
+  assert main.cli() == 2
+  expect_refusal(capsys.readouterr().err, words)
+
+
+def expect_refusal(told, words):
+  (line,) = told.splitlines()
   assert line.startswith('error: ')
   assert re.search(words, line)
+
+
+def test_a_process_gets_the_simulated_devices_that_it_plans_for():
+  done = command(SIT, '--topology=cpu:3')
+  assert done.returncode == 2
+  expect_refusal(done.stderr, 'data.batch_size=128 .* use 126 or 129')

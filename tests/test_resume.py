@@ -23,8 +23,31 @@ def losses(workdir):
   return {row['step']: row['loss'] for row in map(json.loads, lines) if 'loss' in row}
 
 
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  """`uninterrupted(recipe)` trains without a stop, once: (workdir, state)."""
+  done = {}
+
+  def of(recipe):
+    key = recipe.method_name, recipe.network
+    if key not in done:
+      workdir = tmp_path_factory.mktemp(recipe.method_name)
+      done[key] = workdir, arrays(train.train(recipe, workdir))
+    return done[key]
+
+  return of
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """{(method, network): program of a step}."""
+  return {}
+
+
 @pytest.mark.parametrize('method', tiny.EVERY)
-def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data, monkeypatch):
+def test_stopped_and_resumed_equals_never_stopped(
+  method, tmp_path, cifar10_data, monkeypatch, uninterrupted, compiled
+):
   """Parameters, EMA, optimiser, key and the losses that follow, bit for bit.
 
   The U-Net has dropout, augmentation and an EMA of every third step, which the stop is between.
@@ -32,26 +55,26 @@ def test_stopped_and_resumed_equals_never_stopped(method, tmp_path, cifar10_data
   program of a step, nothing, test_killed.py shows of a real process; here it is compiled once.
   """
   monkeypatch.setattr(encoders, 'STEPS', 3)
-  compile_step, compiled = train.compile_step, {}
+  compile_step = train.compile_step
 
   def compile_once(recipe, *args):
-    if recipe.method_name not in compiled:
-      compiled[recipe.method_name] = compile_step(recipe, *args)
-    return compiled[recipe.method_name]
+    key = recipe.method_name, recipe.network
+    if key not in compiled:
+      compiled[key] = compile_step(recipe, *args)
+    return compiled[key]
 
   monkeypatch.setattr(train, 'compile_step', compile_once)
-  changes = {'log__log_every_steps': 1, 'mesh__data': 1}
+  changes = {'log__log_every_steps': 1, 'mesh__data': 1, 'run__steps': 4}
   if method == 'bfm_frn':
-    train.train(tiny.recipe('bfm', run__steps=1, **changes), tmp_path / 'stage1')
-    changes['run__init_from'] = str(tmp_path / 'stage1')
-  recipe = tiny.recipe(method, run__steps=4, **changes)
-  whole = train.train(recipe, tmp_path / 'whole')
+    changes['run__init_from'] = str(uninterrupted(tiny.recipe('bfm', **changes))[0])
+  recipe = tiny.recipe(method, **changes)
+  workdir, whole = uninterrupted(recipe)
   with monkeypatch.context() as stopping:
     stopping.setattr(train.hosts.Preemption, 'reached', lambda self, done: done >= 2)
     train.train(recipe, tmp_path / 'parts')
   resumed = train.train(recipe, tmp_path / 'parts')
-  jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
-  assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
+  jax.tree.map(np.testing.assert_array_equal, whole, arrays(resumed))
+  assert losses(workdir) == losses(tmp_path / 'parts')
   assert sorted(losses(tmp_path / 'parts')) == [1, 2, 3, 4]
 
 
