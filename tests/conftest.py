@@ -25,7 +25,8 @@ from tests import soflow_golden_config, soflow_golden_writer, tiny
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Most of a test's time is compilation, which optimises little here, and many tests compile the same
-# programs. Processes that tests start optimise as ever, and keep what they compile, too.
+# programs. Processes that tests start do the same.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
 gc.set_threshold(100_000, 50, 50)  # tracing makes many objects, few of them in cycles
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'

@@ -84,8 +84,7 @@ class Run:
         [sys.executable, '-c', WORKER, *arguments]
         + ([*meeting, f'--process={index}'] if processes > 1 and not slurm else []),
         cwd=ROOT, text=True, env={
-          **os.environ, 'XLA_FLAGS': ' '.join(flags), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-          'HEARTBEAT': str(heartbeat),
+          **os.environ, 'XLA_FLAGS': ' '.join(flags), 'HEARTBEAT': str(heartbeat),
           **(slurm_environment(port, processes, index) if slurm else {}),
         },
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,

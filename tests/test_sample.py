@@ -1,6 +1,7 @@
 """Images depend on seed, index and label alone; labels and file names are what was asked for."""
 
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -256,7 +257,8 @@ for sys.argv in ['fmzoo', 'sample', workdir], ['fmzoo', 'evaluate', workdir]:
 
 
 def test_two_hosts_write_and_measure_what_one_does(tmp_path, monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  flags = os.environ.get('XLA_FLAGS', '')
+  monkeypatch.setenv('XLA_FLAGS', f'{flags} --xla_force_host_platform_device_count=2'.strip())
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
