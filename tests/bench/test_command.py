@@ -169,7 +169,7 @@ def test_evaluations_are_compared_as_ever():
   ((RECIPE, '--compare', 'configs/a.py', 'configs/b.py'), 'makes three recipes, expected two'),
   ((RECIPE, '--compare=configs/none.py'), "--compare=configs/none.py: there is no recipe"),
   ((RECIPE, '--compare=configs/bfm.py:s', '--compare.sample.step=1'), '--compare.sample.step'),
-  ((RECIPE, '--suite'), 'no part of the standing cases'),
+  ((RECIPE, '--suite'), 'is no part of what --suite measures'),
   (('--suite', '--parts=step'), '--parts and --suite exclude each other'),
   ((RECIPE, '--precision', '--parts=step'), '--parts and --precision exclude each other'),
   ((RECIPE, '--topology=v5e:1x1'), "--topology is a flag of plan, not of 'bench'"),
