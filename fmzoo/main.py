@@ -27,17 +27,27 @@ def run(argv):
   from fmzoo.parallel import hosts
 
   writer.setup_logging()
-  if command not in ('plan', 'bench'):  # which tell how long it takes to compile
-    program_cache.keep()
+  if command in ('plan', 'bench'):  # which tell how long it takes to compile
+    with program_cache.left_alone():
+      return _measure(command, config, workdir, values) or 0
   if command == 'evaluate' and values.compare is not None:
     return _compare(values.compare) or 0
-  if command == 'bench' and (values.suite or values.pareto):
-    return _standing(values) or 0
   if 'process' in command_line.COMMANDS[command]:
     _meet(command, values)
+  if hosts.count() == 1:  # several would wait for those that compile
+    program_cache.keep()
   status = COMMANDS[command](build.recipe(config), workdir, values) or 0
   hosts.finish()
   return status
+
+
+def _measure(command, config, workdir, values):
+  """Runs what leaves nothing in a workdir."""
+  from fmzoo import build
+
+  if command == 'bench' and (values.suite or values.pareto):
+    return _standing(values)
+  return COMMANDS[command](build.recipe(config), workdir, values)
 
 
 def _meet(command, values):

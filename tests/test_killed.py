@@ -36,6 +36,7 @@ def start(workdir, steps):
   ]
   flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags.strip()}
+  environment.pop('JAX_DISABLE_MOST_OPTIMIZATIONS', None)  # exact with programs as people run them
   return subprocess.Popen(
     arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
   )

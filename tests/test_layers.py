@@ -13,7 +13,7 @@ ALLOWED = {
   'fmzoo.paths': (set(), set()),
   'fmzoo.cost': ({'jax'}, set()),
   'fmzoo.models': ({'jax', 'flax', 'numpy'}, {'fmzoo.shapes', 'fmzoo.models'}),
-  'fmzoo.program_cache': ({'jax'}, set()),
+  'fmzoo.program_cache': ({'jax', 'absl'}, set()),
   'fmzoo.rows': ({'jax', 'numpy'}, set()),
   'fmzoo.methods.bfm': ({'jax'}, {
     'fmzoo.rows', 'fmzoo.shapes', 'fmzoo.methods.base', 'fmzoo.methods.flow',
