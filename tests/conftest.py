@@ -25,7 +25,7 @@ from tests import soflow_golden_config, soflow_golden_writer, tiny
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Most of a test's time is compilation, which optimises little here, and many tests compile the same
-# programs. Processes that tests start do the same, but for those of test_killed.py.
+# programs. Processes that tests start do the same, but where they compile for TPUs.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
 gc.set_threshold(100_000, 50, 50)  # tracing makes many objects, few of them in cycles

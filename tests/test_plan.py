@@ -147,7 +147,7 @@ def test_gradients_of_segments_stay_in_their_group():
 
 
 def command(*flags):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   return subprocess.run(
     [sys.executable, '-m', 'fmzoo.main', 'plan', *flags], cwd=ROOT, env=environment, text=True,
     capture_output=True, timeout=300,

@@ -415,7 +415,10 @@ for row in collectives.collectives(step.lower(*args).compile().as_text()):
 def test_a_compiled_tpu_program_moves_what_its_shapes_say():
   """Gathered in bfloat16, which a TPU makes of what it multiplies, and summed in float32."""
   pytest.importorskip('libtpu')
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
+  }
   told = subprocess.run(
     [sys.executable, '-c', TPU_PROGRAM], capture_output=True, text=True, timeout=120,
     cwd=pathlib.Path(module.__file__).parents[2], env=environment,
