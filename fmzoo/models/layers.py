@@ -287,9 +287,8 @@ def rotate(x, table):
   """Turns adjacent channel pairs (2i, 2i + 1) of x [B, N, A, E] by the angles of `rotary_table`.
 
   Returns:
-    [B, N, A, E], first halves of all pairs before second halves: products of q and k that are both
-    turned so are the same in any order of channels, and to put pairs back takes a CPU longer than
-    to turn them.
+    [B, N, A, E], the first of all pairs before the second of all: a product of q and k that are
+    both turned so is the same in any order of channels, so pairs need not be put back.
   """
   cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
   even, odd = x[..., 0::2], x[..., 1::2]
