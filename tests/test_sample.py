@@ -222,7 +222,7 @@ def test_a_stopped_process_is_gone_on_with(tmp_path):
 
 def test_two_hosts_stop_together(tmp_path):
   """SIGTERM of one: both have made as many chunks, and both say so by their status."""
-  made(tmp_path, mesh__data=1, sample__num_images=4000, sample__batch_size=8)
+  made(tmp_path, mesh__data=1, sample__num_images=40_000, sample__batch_size=8)
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -239,8 +239,8 @@ def test_two_hosts_stop_together(tmp_path):
       process.kill()
   assert [process.returncode for process in two] == [143, 143], told
   numbers = sorted(int(path.name.partition('-')[0]) for path in chunks(tmp_path))
-  shares = [[n for n in numbers if n < 2000], [n for n in numbers if n >= 2000]]
-  assert len(shares[0]) == len(shares[1]) >= 10 and len(numbers) < 500, numbers
+  shares = [[n for n in numbers if n < 20_000], [n for n in numbers if n >= 20_000]]
+  assert len(shares[0]) == len(shares[1]) >= 10 and len(numbers) < 5000, numbers
 
 
 HOST = """
