@@ -135,6 +135,22 @@ def test_nothing_is_cold_in_memory(recipe, monkeypatch):
   assert cold == '' and float(warm) > 0 and len(before) == 2
 
 
+def test_nothing_is_cold_in_a_file_system_of_the_memory(recipe, monkeypatch):
+  monkeypatch.setattr(loader, 'in_memory', lambda file: True)
+  _, [[_, _, cold, warm, _]] = bench(recipe)
+  assert cold == '' and float(warm) > 0
+
+
+def test_the_innermost_file_system_says_where_a_file_lies(tmp_path):
+  folder, mounts = tmp_path.resolve(), tmp_path / 'mounts'
+  mounts.write_text(f'root / ext4 rw 0 0\ntmp {folder}/ram tmpfs rw 0 0\n')
+  assert loader.in_memory(folder / 'ram' / 'a', mounts)
+  assert not loader.in_memory(folder / 'ramble', mounts)
+  mounts.write_text(mounts.read_text() + f'disk {folder}/ram ext4 rw 0 0\n')
+  assert not loader.in_memory(folder / 'ram' / 'a', mounts)
+  assert not loader.in_memory(folder / 'ram' / 'a', tmp_path / 'none')
+
+
 def test_rows_in_a_bucket_have_no_files(folder, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   rows = latents.LatentSource(folder)
