@@ -58,6 +58,7 @@ def recipe(folder, monkeypatch):
   """Of these latents; a figure takes a fifth of a second at most, with no process but this one."""
   monkeypatch.setattr(loader, 'WORKERS', (0,))
   monkeypatch.setattr(loader, 'SECONDS', 0.2)
+  monkeypatch.setattr(loader, 'in_memory', lambda file: False)  # wherever tests write
   return tiny.recipe(
     'fm', data__name='latents', data__path=str(folder), data__latent_size=4, data__channels=2,
     data__num_classes=5, data__latent_scale=0.5, data__batch_size=BATCH, data__num_threads=1,
@@ -76,6 +77,7 @@ def bench(recipe):
 
 def test_every_worker_count_has_its_positive_numbers(recipe, monkeypatch):
   monkeypatch.undo()
+  monkeypatch.setattr(loader, 'in_memory', lambda file: False)
   monkeypatch.setattr(loader, 'SECONDS', 0.05)
   before, table = bench(recipe)
   assert before == ['160 rows of 132 bytes, batches of 8, data.num_threads=1', '']
