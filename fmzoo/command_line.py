@@ -92,7 +92,8 @@ flags
   --json     prints JSON in place of tables (plan, bench)
   --parts    what to measure, of step,sampler,input; default all three, with --compare the sampler;
              only input needs data (bench)
-  --runs     timed runs of each program; default 20 (bench)
+  --runs     timed runs of each program or policy, not of reading; default 20, on a CPU 5 with
+             --suite and 3 with --pareto (bench)
   --suite    in place of a recipe: the standing cases of docs/benchmarks.md for this device (bench)
   --pareto   in place of a recipe: s, b, l or xl, the size at which SiT, BFM, its FRN and SoFlow
              sample with fewer and more steps (bench)
@@ -165,6 +166,10 @@ def parse(argv):
   own = [name for names in COMMANDS.values() for name in names]
   given = {name for name in own if name in values and values[name].present}
   check_flags(command, given | recipes.keys() & {'compare'})
+  if values.parts == ['input'] and values['runs'].present:
+    raise ValueError(
+      f'--runs={values.runs} is of programs, --parts=input measures reading alone; drop one of them'
+    )
   check_hosts({name: values[name].value for name in HOSTS})
   workdir = values.workdir or (default_workdir(recipe) if recipe is not None else '.')
   return command, values.config, workdir, values

@@ -178,9 +178,7 @@ def _compiled(function, args, chip, *, name, mesh, state_bytes, **known):
       raise
     compiled, (needed, available) = None, refused
   if compiled is not None:
-    memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    needed += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    needed = meshes.needed_bytes(compiled)
     available = None if chip is None else chip.usable_bytes
   return Program(
     name=name, mesh=mesh, state_bytes=state_bytes, work_bytes=needed - state_bytes,

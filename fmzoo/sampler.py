@@ -37,12 +37,8 @@ class Decoder:
     self.params = jax.device_put({'decoder': params['decoder']}, meshes.replicated(mesh))
 
     def run(params, latents):
-      """Decodes the rows of one device, one group after the other."""
-      count = min(DECODED_ROWS, len(latents))
-      groups = -(-len(latents) // count)
-      padded = jnp.resize(latents, (groups, count, *latents.shape[1:]))
-      images = jax.lax.map(lambda group: decode(params, group / scale), padded)
-      return images.reshape(-1, *images.shape[2:])[: len(latents)]
+      """Decodes the rows of one device."""
+      return in_groups(lambda group: decode(params, group / scale), latents)
 
     self.run = jax.jit(
       jax.shard_map(
@@ -173,6 +169,15 @@ class Sampler:
     keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(count)))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     return cost.matmul_flops(self.sample, abstract, keys, labels) / 2 / count
+
+
+def in_groups(decode, latents):
+  """Decodes latents [n, h, w, C], DECODED_ROWS at a time, one group after the other."""
+  count = min(DECODED_ROWS, len(latents))
+  groups = -(-len(latents) // count)
+  padded = jnp.resize(latents, (groups, count, *latents.shape[1:]))
+  images = jax.lax.map(decode, padded)
+  return images.reshape(-1, *images.shape[2:])[: len(latents)]
 
 
 def chunk_rows(recipe, count):

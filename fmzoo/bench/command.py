@@ -8,6 +8,8 @@ import numpy as np
 from fmzoo import sources
 from fmzoo.bench import ceiling, measure, parts, report
 
+TELLING = ('sample.num_steps', 'sample.guidance')  # first of what tells two recipes apart
+TOLD = 3  # keys that are named
 PARTS = ('step', 'sampler', 'input')
 
 
@@ -40,6 +42,7 @@ def bench(recipe, *, chosen, runs, as_json):
   Raises:
     ValueError: one line, if a part that was asked for cannot be measured.
   """
+  measure.expect_one_process()
   wanted = chosen_parts(chosen, PARTS)
   reading = excuse = None
   if 'input' in wanted:
@@ -48,7 +51,7 @@ def bench(recipe, *, chosen, runs, as_json):
   name = name_of(recipe)
   if as_json:
     print(json.dumps({
-      'recipe': name, 'device': report.device(), 'jax': jax.__version__,
+      'recipe': name, 'config': recipe.config, 'device': report.device(), 'jax': jax.__version__,
       'programs': list(figures.values()), 'ceilings': rates,
       'input': reading and plain_reading(reading), 'input_missing': excuse,
     }, indent=2))
@@ -67,6 +70,27 @@ def bench(recipe, *, chosen, runs, as_json):
 def name_of(recipe):
   """Returns a recipe in a few words."""
   return f'{recipe.method_name}, width {recipe.network.width}'
+
+
+def names_of(recipes):
+  """Returns two recipes in a few words, with what differs in them where those are the same."""
+  names, configs = [name_of(recipe) for recipe in recipes], [_flat(r.config) for r in recipes]
+  if names[0] == names[1]:
+    keys = sorted(configs[0].keys() | configs[1].keys(), key=lambda key: key not in TELLING)
+    first, second = configs
+    differing = [key for key in keys if first.get(key) != second.get(key)][:TOLD]
+    names = [
+      ', '.join([name, *(f'{key}={config.get(key)}' for key in differing)])
+      for name, config in zip(names, configs)
+    ]
+  return [f'{letter}: {name}' for letter, name in zip('AB', names)]
+
+
+def _flat(config):
+  """Returns {dotted key: value} of the sections of a config."""
+  return {
+    f'{section}.{key}': value for section, values in config.items() for key, value in values.items()
+  }
 
 
 def figures_of(recipe, chosen, runs):
@@ -132,12 +156,13 @@ def compare(recipes, *, chosen, runs, as_json):
   Raises:
     ValueError: if reading is to be compared, or a sampler that does less than is counted.
   """
+  measure.expect_one_process()
   chosen = chosen_parts(chosen, ('sampler',))
   if 'input' in chosen:
     raise ValueError(f'--parts={",".join(chosen)}: reading is not compared; use step,sampler')
   if 'sampler' in chosen:
     _expect_certain_cost(recipes)
-  names = [f'{letter}: {name_of(recipe)}' for letter, recipe in zip('AB', recipes)]
+  names = names_of(recipes)
   results, lines = [], [f'{report.device()}; jax {jax.__version__}']
   for part in chosen:
     options = {'images': parts.images_each(recipes[0])} if part == 'sampler' else {}
@@ -153,7 +178,8 @@ def compare(recipes, *, chosen, runs, as_json):
     ]
   if as_json:
     print(json.dumps({
-      'recipes': names, 'device': report.device(), 'jax': jax.__version__, 'parts': results,
+      'recipes': names, 'configs': [recipe.config for recipe in recipes], 'device': report.device(),
+      'jax': jax.__version__, 'parts': results,
     }, indent=2))
   else:
     print(*lines, sep='\n')

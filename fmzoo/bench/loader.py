@@ -116,10 +116,10 @@ def forget(files):
   """Asks the operating system to drop what it keeps of files in memory.
 
   Returns:
-    Whether there was anything to ask: there are files, and the system, such as Linux, has words
-    for it.
+    Whether there was anything to ask: there are files on a disk, and the system, such as Linux,
+    has words for it.
   """
-  if not (files and hasattr(os, 'posix_fadvise')):
+  if not (files and hasattr(os, 'posix_fadvise')) or any(map(in_memory, files)):
     return False
   for file in files:
     descriptor = os.open(file, os.O_RDONLY)
@@ -129,6 +129,25 @@ def forget(files):
     finally:
       os.close(descriptor)
   return True
+
+
+def in_memory(file, mounts='/proc/mounts'):
+  """Says whether a file lies in a file system of the memory, which is never forgotten.
+
+  Args:
+    file: path.
+    mounts: table of the file systems, where the operating system has one.
+  """
+  mounts, file = pathlib.Path(mounts), pathlib.Path(file).resolve()
+  if not mounts.is_file():
+    return False
+  found = [line.split()[1:3] for line in mounts.read_text(encoding='utf-8').splitlines()]
+  around = [
+    (len(point), kind) for point, kind in found
+    if pathlib.Path(point.replace('\\040', ' ')) in [file, *file.parents]
+  ]
+  # Of two on one point the later hides the earlier.
+  return bool(around) and max(reversed(around), key=lambda pair: pair[0])[1] in ('tmpfs', 'ramfs')
 
 
 def rate(recipe, rows, workers, most=None, settled=0):

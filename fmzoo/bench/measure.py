@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import math
 import pathlib
 import resource
@@ -36,6 +37,8 @@ class Program(NamedTuple):
   following: Callable  # (arguments, results) -> (the next arguments, results to wait for)
   flops: dict  # {(dtype, precision): of a call}, over all devices, nothing recomputed
   spent: dict  # the same with what is recomputed
+  # What a refusal for want of memory calls the program, its arguments and results, and its remedy.
+  memory_words: tuple = ('a step', 'state and batch', meshes.SHRINK_STEP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,9 @@ class Measured:
   dispatches: float | None  # of a call; None where the profiler of a device does not tell
   compilations: int  # while timing
   memory_bytes: int | None  # of one device, by the compiler; None where it does not tell
-  peak_bytes: int | None  # most that was in use on a device so far; None where it does not tell
-  process_bytes: int | None  # most memory of this process so far, on a CPU
+  # None where nobody tells, or where something before this program took more.
+  peak_bytes: int | None  # most that was in use on a device
+  process_bytes: int | None  # most memory of this process, on a CPU
 
 
 class Running:
@@ -67,12 +71,14 @@ class Running:
   def __init__(self, program):
     self.program = program
     logging.info('%s: compiling', program.name)
+    jax.clear_caches()  # its products were counted: what that has traced would be found again
     begun = time.perf_counter()
     lowered = program.function.lower(*program.shapes)
     self.trace_seconds = time.perf_counter() - begun
     self.compiled = lowered.compile()
     self.compile_seconds = time.perf_counter() - begun - self.trace_seconds
-    meshes.expect_memory(self.compiled, program.mesh)
+    meshes.expect_memory(self.compiled, program.mesh, *program.memory_words)
+    self.peaks = peaks(program.mesh)  # before it takes any memory
     self.args = program.arguments()
     self.run(1)
     self.calls = math.ceil(SECONDS / self.run(1))
@@ -87,12 +93,14 @@ class Running:
     return (time.perf_counter() - begun) / calls
 
 
-def measure(programs, *, runs):
+def measure(programs, *, runs, calls=None, with_dispatches=True):
   """Measures programs that are run in turn, once each, `runs` times.
 
   Args:
     programs: of Program; all of them must fit in the memory together.
-    runs: timed runs of each; as many calls as take SECONDS are one.
+    runs: timed runs of each.
+    calls: of a run; None is as many as take SECONDS, which are waited for together.
+    with_dispatches: whether dispatches are counted, for which calls are traced in the end.
 
   Returns:
     [Measured], like `programs`.
@@ -102,6 +110,7 @@ def measure(programs, *, runs):
   """
   running = [Running(program) for program in programs]
   for one in running:
+    one.calls = calls or one.calls
     logging.info(
       '%s: compiled in %.1f s; %d runs of %d calls', one.program.name,
       one.trace_seconds + one.compile_seconds, runs, one.calls,
@@ -115,8 +124,9 @@ def measure(programs, *, runs):
   return [
     Measured(
       program=one.program, trace_seconds=one.trace_seconds, compile_seconds=one.compile_seconds,
-      calls=one.calls, seconds=taken, dispatches=dispatches(one), compilations=count,
-      memory_bytes=needed_bytes(one.compiled), **peaks(one.program.mesh),
+      calls=one.calls, seconds=taken, compilations=count,
+      dispatches=dispatches(one) if with_dispatches else None,
+      memory_bytes=meshes.needed_bytes(one.compiled), **risen(one.peaks, peaks(one.program.mesh)),
     )
     for one, taken, count in zip(running, seconds, compilations)
   ]
@@ -172,15 +182,6 @@ def _outermost(events):
   return count
 
 
-def needed_bytes(compiled):
-  """Returns what a compiled program takes on a device; None where the compiler does not tell."""
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return None
-  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return kept + memory.temp_size_in_bytes
-
-
 def peaks(mesh):
   """Returns {'peak_bytes', 'process_bytes'} of Measured."""
   stats = [device.memory_stats() or {} for device in mesh.local_devices]
@@ -190,3 +191,48 @@ def peaks(mesh):
     unit = 1 if sys.platform == 'darwin' else 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {'peak_bytes': max(known, default=None), 'process_bytes': own}
+
+
+def risen(before, after):
+  """Returns those of `peaks` that have risen, None for the others: they are of something else."""
+  return {
+    name: None if value is None or value <= (before[name] or 0) else value
+    for name, value in after.items()
+  }
+
+
+def attempt(name, function):
+  """Calls a function that measures something, and lets the next go on where it fails.
+
+  Args:
+    name: of what is measured, for the log.
+    function: without arguments.
+
+  Returns:
+    (what it returns, None), or (None, in one line why it failed).
+  """
+  try:
+    return function(), None
+  except (ValueError, OSError, RuntimeError) as error:  # the last of jax: out of memory
+    reason = ' '.join(str(error).split())[:200]
+  logging.warning('%s: %s', name, reason)
+  gc.collect()  # only here, where no traceback holds the arrays any more
+  return None, reason
+
+
+def expect_one_process():
+  """Refuses processes that work together, each of which would time but its part."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{jax.process_count()} processes work together, 'bench' measures what one does; start it on"
+      ' a machine that has its devices for itself'
+    )
+
+
+def expect_recipes(flag):
+  """Refuses a folder without the recipes that --suite and --pareto measure."""
+  if not pathlib.Path('configs').is_dir():
+    raise ValueError(
+      f'--{flag} measures recipes of configs/, which {pathlib.Path.cwd()} lacks; call it in the'
+      ' root of the repository'
+    )

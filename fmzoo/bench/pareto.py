@@ -1,12 +1,15 @@
 """What an image costs by every method, over numbers of network calls: counted and measured.
 
-A table and, with matplotlib, a plot. Conventions, which the table repeats: a GMAC is 1e9
-multiply-adds of matrix products and convolutions, attention's own included, of one image and all
-its network calls, read from the traced program. Guidance by a second, unconditional row doubles
+On one device: a table and, with matplotlib, a plot. Conventions, which the table repeats: a GMAC is
+1e9 multiply-adds of matrix products and convolutions, attention's own included, of one image and
+all its network calls, read from the traced program. Guidance by a second, unconditional row doubles
 them (SiT, BFM); SoFlow has learned it. The autoencoder's decoder is a row of its own.
 """
 
+import functools
 import json
+import os
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from fmzoo import build, command_line, cost
+from fmzoo import sampler as samplers
 from fmzoo.bench import ceiling, measure, parts, report
 from fmzoo.models import vae
 from fmzoo.parallel import mesh as meshes
@@ -27,6 +31,10 @@ SOFLOW = {
   's': ('b2', {'model.width': 384, 'model.heads': 6}), 'b': ('b2', {}), 'l': ('l2', {}),
   'xl': ('xl2', {}),
 }
+
+
+ALONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.segment': 1}  # whatever devices there are
+MEMORY_WORDS = ('the decoder', 'weights and images', 'lower IMAGES')
 
 
 class Curve(NamedTuple):
@@ -48,9 +56,19 @@ class Point(NamedTuple):
   gmac: float  # of an image, without guidance
   guided_gmac: float  # with it
   images: int  # of a call of the sampler, over all devices, where it is not one
-  latency: float  # seconds of one image
+  latency: float  # seconds of one image, waited for alone
   throughput: float  # images per second, that many at a time
+  lowest: float  # in the slowest run
+  highest: float  # in the fastest
   mfu: float  # then, of the measured ceiling
+
+
+class Failure(NamedTuple):
+  """A point that could not be measured."""
+
+  name: str
+  calls: int
+  error: str  # why
 
 
 def curves(size):
@@ -75,25 +93,41 @@ def run(size, *, runs=None, plot=None, as_json=False):
     as_json: prints JSON in place of the table.
 
   Raises:
-    ValueError: one line, if matplotlib is missing where a plot is wanted, before anything is run.
+    ValueError: one line, before anything is run, if a plot is wanted and cannot be written or
+      recipes are not found here; in the end if no point was measured.
   """
+  measure.expect_one_process()
+  measure.expect_recipes('pareto')
   if plot is not None:
-    _expect_matplotlib(plot)
+    _expect_drawable(plot)
   place = jax.devices()[0].platform
   runs = RUNS[place] if runs is None else runs
   points = [
-    _point(curve, steps, place, runs) for curve in curves(size) for steps in curve.steps
+    _tried(
+      curve.name, curve.calls * steps, functools.partial(_point, curve, steps, place, runs)
+    )
+    for curve in curves(size) for steps in curve.steps
   ]
-  decoder = _decoder(place, runs)
-  if plot is not None:
-    draw(points, plot, title=f'Size {size.upper()}, {report.device()}')
+  decoder = _tried('decoder of 256 x 256', 1, functools.partial(_decoder, place, runs))
   if as_json:
     print(json.dumps({
       'size': size, 'device': report.device(), 'jax': jax.__version__, 'runs': runs,
       'points': [point._asdict() for point in [*points, decoder]], 'plot': plot,
     }, indent=2))
   else:
-    print(*table(points, decoder, runs), sep='\n')
+    print(*table(points, decoder, runs, IMAGES[place]), sep='\n')
+  measured = [point for point in points if isinstance(point, Point)]
+  if not measured:
+    raise ValueError(f'--pareto={size} measured none of its {len(points)} points; see their rows')
+  if plot is not None:
+    draw(measured, plot, title=f'Size {size.upper()}, one device of {report.device()}')
+
+
+def _tried(name, calls, function):
+  """Returns the Point that a function measures, or a Failure; leaves no compiled programs."""
+  point, reason = measure.attempt(f'{name}, {calls} calls', function)
+  jax.clear_caches()  # compiled programs take memory, too
+  return Failure(name, calls, reason) if point is None else point
 
 
 def recipe_of(curve, steps, place):
@@ -102,7 +136,8 @@ def recipe_of(curve, steps, place):
   plain = {'sample.guidance': 1.0} if curve.is_guided else {}
   on_cpu = {'model.dtype': 'float32'} if place == 'cpu' else {}
   config.update_from_flattened_dict(
-    curve.changes | plain | on_cpu | {'sample.num_steps': steps, 'sample.batch_size': IMAGES[place]}
+    curve.changes | plain | on_cpu | ALONE
+    | {'sample.num_steps': steps, 'sample.batch_size': IMAGES[place]}
   )
   return build.recipe(config)
 
@@ -116,7 +151,6 @@ def _point(curve, steps, place, runs):
   if curve.is_guided:
     guided = parts.sampler(build.changed(recipe, {'sample.guidance': GUIDANCE}), IMAGES[place])
   found = _measured(curve.name, curve.calls * steps, one, many, runs)
-  jax.clear_caches()  # compiled programs take memory, too
   return found._replace(guided_gmac=_gmac(guided))
 
 
@@ -129,12 +163,14 @@ def _decoder(place, runs):
 
 def _measured(name, calls, one, many, runs):
   """Returns the Point of programs that make one image and many."""
-  single, several = (measure.measure([program], runs=runs)[0] for program in (one, many))
+  (single,) = measure.measure([one], runs=runs, calls=1, with_dispatches=False)
+  (several,) = measure.measure([many], runs=runs, with_dispatches=False)
   seconds = float(np.median(several.seconds))
   rates = ceiling.rates(many.flops, many.mesh)
   gmac = _gmac(many)
   return Point(
     name, calls, gmac, gmac, many.rows, float(np.median(single.seconds)), many.rows / seconds,
+    many.rows / float(several.seconds.max()), many.rows / float(several.seconds.min()),
     ceiling.least_seconds(many.flops, rates) / seconds,
   )
 
@@ -156,42 +192,68 @@ def decoder_program(config, side, images):
   mesh = meshes.of_this_host(mesh, 1)
   params = jax.eval_shape(net.init, jax.random.key(0))['decoder']
   latents = jax.ShapeDtypeStruct((images, side, side, config.latent_channels), jnp.float32)
-  function = jax.jit(lambda params, latents: net.decode({'decoder': params}, latents))
+
+  def decode(params, latents):
+    """Decodes as many at a time as `sample` does."""
+    return samplers.in_groups(lambda group: net.decode({'decoder': params}, group), latents)
 
   def arguments():
     """Returns fresh parameters and latents."""
     init = jax.jit(lambda: net.init(jax.random.key(0))['decoder'])
     return init(), jax.random.normal(jax.random.key(1), latents.shape)
 
-  flops = cost.products(function, params, latents)
+  flops = cost.products(decode, params, latents)
   return measure.Program(
-    name='decoder', rows=images, mesh=mesh, function=function, shapes=(params, latents),
+    name='decoder', rows=images, mesh=mesh, function=jax.jit(decode), shapes=(params, latents),
     arguments=arguments, following=lambda args, images: (args, images), flops=flops, spent=flops,
+    memory_words=MEMORY_WORDS,
   )
 
 
-def table(points, decoder, runs):
-  """Returns points as lines: what they are, a Markdown table."""
-  images = points[0].images
-  lines = [
-    f'{report.device()}; jax {jax.__version__}; medians of {runs} runs without guidance. GMAC: 1e9'
-    ' multiply-adds of an image, all network calls together, attention included, decoder not. With'
-    ' guidance SiT and BFM compute two rows an image; SoFlow has learned it.', '',
+def table(points, decoder, runs, images):
+  """Returns points as lines: what they are, a Markdown table.
+
+  Args:
+    points: of Point and Failure.
+    decoder: Point or Failure.
+    runs: timed runs of each.
+    images: that are made at a time.
+  """
+  return [
+    f'One device of {report.device()}; jax {jax.__version__}; medians of {runs} runs without'
+    ' guidance.', '',
+    'GMAC: 1e9 multiply-adds of an image, all network calls together, attention included, decoder'
+    ' not. With guidance SiT and BFM compute two rows an image; SoFlow has learned it. A network'
+    ' call of BFM with FRN is a velocity call: the first of a segment runs the feature network, the'
+    ' others its residual network (FRN) instead. At size S SoFlow is of our own making: B/2 with'
+    ' width 384. One image is waited for before the next is begun. The decoder takes at most'
+    f' {samplers.DECODED_ROWS} latents at a time, as `sample` has it do.', '',
     '| method | network calls | GMAC | with guidance | one image, ms |'
-    f' images/s, {images} at a time | MFU |', '|---' * 7 + '|',
+    f' images/s, {images} at a time: median (lowest, highest) | MFU |', '|---' * 7 + '|',
+    *(report.row(_cells(point)) for point in [*points, decoder]),
   ]
-  for point in [*points, decoder]:
-    lines.append(report.row([
-      point.name, str(point.calls), f'{point.gmac:.4g}', f'{point.guided_gmac:.4g}',
-      f'{1e3 * point.latency:.4g}', f'{point.throughput:.4g}', f'{point.mfu:.1%}',
-    ]))
-  return lines
 
 
-def _expect_matplotlib(path):
-  """Refuses a plot that cannot be drawn."""
+def _cells(point):
+  """Returns the seven cells of a Point or a Failure."""
+  if isinstance(point, Failure):
+    return [point.name, str(point.calls), point.error, *[''] * 4]
+  return [
+    point.name, str(point.calls), f'{point.gmac:.4g}', f'{point.guided_gmac:.4g}',
+    f'{1e3 * point.latency:.4g}',
+    f'{point.throughput:.4g} ({point.lowest:.4g}, {point.highest:.4g})', f'{point.mfu:.1%}',
+  ]
+
+
+def _expect_drawable(path):
+  """Refuses a plot that cannot be drawn or written."""
   if not path.endswith('.png'):
     raise ValueError(f'--plot={path} must end in .png')
+  folder = pathlib.Path(path).parent
+  if not folder.is_dir():
+    raise ValueError(f"--plot={path}: there is no folder '{folder}'; make it, or name another")
+  if not os.access(folder, os.W_OK):
+    raise ValueError(f"--plot={path}: '{folder}' cannot be written to; name another folder")
   try:
     import matplotlib  # noqa: F401, not needed for anything else
   except ImportError as error:

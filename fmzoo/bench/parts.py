@@ -14,6 +14,7 @@ from fmzoo.bench.measure import Program
 from fmzoo.parallel import batch as batches
 from fmzoo.parallel import mesh as meshes
 
+MEMORY_WORDS = ('the sampler', 'parameters and images', 'lower sample.batch_size')
 DIFFERENT = 16  # rows of a batch, then they repeat
 
 
@@ -31,7 +32,8 @@ def training_step(recipe):
   step, args = programs.model_step(recipe)
   flops = spent = cost.products(step, *args)
   if recipe.config['model'].get('remat'):
-    spent = cost.products(make_step(), shapes[0], args[1], shapes[2])
+    counted, _ = programs.abstract_step(programs.countable(recipe), mesh, mode)
+    spent = cost.products(counted(), shapes[0], args[1], shapes[2])
   return Program(
     name='training step', rows=recipe.data.batch_size, mesh=mesh,
     function=meshes.compile_step(make_step, mesh, mode, shapes[0]), shapes=shapes,
@@ -89,7 +91,8 @@ def sampler(recipe, images=None):
   indices = np.arange(rows, dtype=np.int32)
   # On the host, as `sample` hands them over.
   rest = recipe.sample.seed, indices, indices % recipe.data.num_classes
-  own = cost.products(made.run, params, *rest)  # of one device's part
+  counted = samplers.Sampler(programs.countable(recipe), mesh)
+  own = cost.products(counted.run, params, *rest)  # of one device's part
   flops = {kind: count * mesh.size for kind, count in own.items()}
 
   def arguments():
@@ -100,7 +103,7 @@ def sampler(recipe, images=None):
   return Program(
     name='sampler', rows=rows, mesh=mesh, function=made.run,
     shapes=(params, *rest), arguments=arguments, following=lambda args, images: (args, images),
-    flops=flops, spent=flops,
+    flops=flops, spent=flops, memory_words=MEMORY_WORDS,
   )
 
 

@@ -72,14 +72,14 @@ FIGURES = {  # name: (what a table calls it, how it shows it)
   'calls': ('calls of a run', str),
   'rows_per_second': ('images/s', '{:.4g}'.format),
   'gmac_per_row': ('GMAC of a row or image', '{:.4g}'.format),
-  'flops': ('TFLOP of a call', _tera),
-  'spent_flops': ('TFLOP with what is recomputed', _tera),
-  'flops_per_second': ('TFLOP/s', _tera),
+  'flops': ('TFLOP of a call, all devices', _tera),
+  'spent_flops': ('TFLOP with what is recomputed, all devices', _tera),
+  'flops_per_second': ('TFLOP/s of all devices', _tera),
   'mfu': ('MFU, of the measured ceiling', _share),
   'float32_share': ('products in float32', _share),
   'memory_bytes': ('GB of a device, by the compiler', _gigabytes),
-  'peak_bytes': ('GB in use on a device at most, so far', _gigabytes),
-  'process_bytes': ('GB of the process at most, so far', _gigabytes),
+  'peak_bytes': ('GB in use on a device at most', _gigabytes),
+  'process_bytes': ('GB of the process at most', _gigabytes),
   'dispatches': ('programs started by a call', '{:g}'.format),
   'compilations': ('compilations while timing', str),
 }
@@ -136,12 +136,12 @@ def plain_rates(rates):
 def rates_table(rates):
   """Returns the values of `plain_rates` as lines of a Markdown table."""
   lines = [
-    '| ceiling: products of | precision | square matrices of | TFLOP/s of a device |',
+    '| ceiling: products of | precision | square matrices of | TFLOP/s of all devices |',
     '|---|---|---|---|',
   ]
   for rate in rates:
-    own = rate['flops_per_second'] / rate['devices']
-    lines.append(row([rate['dtype'], rate['precision'], str(rate['size']), _tera(own)]))
+    reached = _tera(rate['flops_per_second'])
+    lines.append(row([rate['dtype'], rate['precision'], str(rate['size']), reached]))
   return lines
 
 
@@ -156,4 +156,6 @@ def device():
     with open('/proc/cpuinfo', encoding='utf-8') as lines:
       names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     model = names[0] if names else model
-  return f'{words}, {os.cpu_count()} cores of {model}'
+  has_shares = hasattr(os, 'sched_getaffinity')  # which tells what this process may use
+  cores = len(os.sched_getaffinity(0)) if has_shares else os.cpu_count()
+  return f'{words}, {cores} cores of {model}'

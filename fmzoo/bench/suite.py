@@ -1,7 +1,6 @@
 """The standing cases of docs/benchmarks.md, measured one after the other on the device at hand."""
 
 import datetime
-import gc
 import importlib.metadata
 import json
 import platform
@@ -76,7 +75,12 @@ def run(*, runs=None, as_json=False, cases=CASES):
     runs: timed runs of each program; None is RUNS.
     as_json: prints JSON in place of tables.
     cases: of Case.
+
+  Raises:
+    ValueError: one line, if recipes are not found here, or in the end if no case was measured.
   """
+  measure.expect_one_process()
+  measure.expect_recipes('suite')
   place = jax.devices()[0].platform
   runs = RUNS[place] if runs is None else runs
   chosen = [case for case in cases if place in case.batches]
@@ -99,6 +103,10 @@ def run(*, runs=None, as_json=False, cases=CASES):
     print(*lines(about, results, report.plain_rates(rates)), sep='\n')
     read = command.reading_lines(reading) if reading else [excuse]
     print('', '## Reading', '', *read, sep='\n')
+  if not any('figures' in result for result in results):
+    raise ValueError(
+      f'--suite measured none of its {len(chosen)} case(s) on {place}; their rows say why'
+    )
 
 
 def recipe_of(case, place):
@@ -123,14 +131,18 @@ def _result(case, part, place, runs, rates):
     rates: {kind: ceiling.Rate}, to which those that are new are added.
   """
   about = {'name': case.name, 'recipe': case.recipe, 'changes': case.changes, 'part': part}
-  try:
-    (measured,) = measure.measure([parts.PROGRAMS[part](recipe_of(case, place))], runs=runs)
-    rates |= ceiling.rates(measured.program.flops, measured.program.mesh)
-  except (ValueError, OSError, RuntimeError) as error:  # the last of jax: out of memory
-    logging.warning('%s, %s: %s', case.name, part, error)
-    gc.collect()
-    return about | {'error': ' '.join(str(error).split())[:200]}
-  return about | {'figures': report.plain(measured, rates)}
+  figures, reason = measure.attempt(
+    f'{case.name}, {part}',
+    lambda: _measured(parts.PROGRAMS[part](recipe_of(case, place)), runs, rates),
+  )
+  return about | ({'error': reason} if figures is None else {'figures': figures})
+
+
+def _measured(program, runs, rates):
+  """Returns the figures of a program as plain values, and adds to the ceilings."""
+  (measured,) = measure.measure([program], runs=runs)
+  rates |= ceiling.rates(program.flops, program.mesh)
+  return report.plain(measured, rates)
 
 
 def _reading():

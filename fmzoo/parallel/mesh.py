@@ -11,6 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fmzoo.parallel import hosts
 
 MODES = ('jit', 'pmap')
+SHRINK_STEP = (
+  'lower data.batch_size, raise optim.accumulate_steps or, where the model has it, set'
+  ' model.remat=True, which shrink the work'
+)
 AXES = ('segment', 'data', 'fsdp')  # from the outermost; devices of a host are neighbours
 
 
@@ -264,27 +268,39 @@ def compile_ahead(function, mesh, *args):
   return compiled
 
 
-def expect_memory(compiled, mesh):
+def needed_bytes(compiled):
+  """Returns what a compiled program takes on a device; None where the compiler does not tell."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return kept + memory.temp_size_in_bytes
+
+
+def expect_memory(compiled, mesh, name='a step', held='state and batch', remedy=SHRINK_STEP):
   """Refuses a compiled program that the devices of a mesh have no memory for.
+
+  Args:
+    compiled: program.
+    mesh: its devices.
+    name: of it, in words.
+    held: what it is given and returns, in words.
+    remedy: how its work can be made to need less, in words.
 
   Raises:
     ValueError: says how much it needs and how much there is.
   """
-  needed, free = compiled.memory_analysis(), _free_bytes(mesh)
+  needed, free = needed_bytes(compiled), _free_bytes(mesh)
   if needed is None or free is None:
     return
-  kept = needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
-  work = needed.temp_size_in_bytes
-  if not hosts.all_agree(kept + work <= free):
-    remedy = (
-      'use devices with more memory' if kept > free else
-      'lower data.batch_size, raise optim.accumulate_steps or, where the model has it, set'
-      ' model.remat=True, which shrink the work, or use devices with more memory'
-    )
+  work = compiled.memory_analysis().temp_size_in_bytes
+  kept = needed - work
+  if not hosts.all_agree(needed <= free):
+    more = 'use devices with more memory'
     raise ValueError(
-      f'a step needs {(kept + work) / 1e9:.1f} GB on each device (state and batch {kept / 1e9:.1f},'
-      f' work {work / 1e9:.1f}), {mesh.local_devices[0].device_kind} has {free / 1e9:.1f} GB free;'
-      f' {remedy}'
+      f'{name} needs {needed / 1e9:.1f} GB on each device ({held} {kept / 1e9:.1f}, work'
+      f' {work / 1e9:.1f}), {mesh.local_devices[0].device_kind} has {free / 1e9:.1f} GB free;'
+      f' {more if kept > free else f"{remedy}, or {more}"}'
     )
 
 

@@ -6,11 +6,14 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from fmzoo import build, command_line, main, sources
 from fmzoo.bench import ceiling, command, loader, measure, parts, report, suite
+from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -61,6 +64,7 @@ def test_json_holds_the_figures_of_the_table(monkeypatch, capsys):
   monkeypatch.setattr(measure, 'measure', once)
   table = cells(bench(small(), capsys, chosen=['step', 'sampler']))
   found = json.loads(bench(small(), capsys, chosen=['step', 'sampler'], as_json=True))
+  assert found['config']['sample']['num_steps'] == small().sample_options['num_steps']
   assert [program['program'] for program in found['programs']] == ['training step', 'sampler']
   for place, program in enumerate(found['programs']):
     for name, (heading, _) in report.FIGURES.items():
@@ -137,6 +141,16 @@ def test_ratios_are_told_in_words(capsys):
   assert len(cells(text)['images/s']) == 2
 
 
+def test_recipes_of_one_name_are_told_apart():
+  names = command.names_of([small(), small(sample__num_steps=9, data__batch_size=16)])
+  assert names == [
+    'A: fm, width 32, sample.num_steps=4, data.batch_size=8',
+    'B: fm, width 32, sample.num_steps=9, data.batch_size=16',
+  ]
+  names = command.names_of([small(), small(model__width=64)])
+  assert names == ['A: fm, width 32', 'B: fm, width 64']
+
+
 def test_a_sampler_that_does_less_than_is_counted_is_not_compared():
   recipe = tiny.recipe('bfm', sample__guidance=2.0, sample__guidance_interval=(0.0, 0.5))
   with pytest.raises(ValueError, match=r'sample.guidance_interval=\(0.0, 0.5\)'):
@@ -172,6 +186,7 @@ def test_evaluations_are_compared_as_ever():
   ((RECIPE, '--suite'), 'is no part of what --suite measures'),
   (('--suite', '--parts=step'), '--parts and --suite exclude each other'),
   ((RECIPE, '--precision', '--parts=step'), '--parts and --precision exclude each other'),
+  ((RECIPE, '--parts=input', '--runs=3'), '--runs=3 is of programs, --parts=input measures'),
   ((RECIPE, '--topology=v5e:1x1'), "--topology is a flag of plan, not of 'bench'"),
 ])
 def test_what_is_not_understood_is_one_line(words, refusal, monkeypatch, capsys):
@@ -202,13 +217,32 @@ def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, capsys):
   assert 'fmzoo bench --suite --runs=1' in text
 
 
-def test_standing_cases_build_with_batches_that_every_method_takes():
+def test_a_suite_of_nothing_fails(monkeypatch, capsys):
+  monkeypatch.setattr(suite, '_reading', lambda: (None, 'not here'))
+  wrong = suite.Case('wrong', 'configs/sit_digits.py', {'model.width': -1}, suite.OWN)
+  with pytest.raises(ValueError, match=r'--suite measured none of its 1 case\(s\) on cpu'):
+    suite.run(runs=1, cases=[wrong])
+  assert '| wrong | model.width=-1' in capsys.readouterr().out
+
+
+def test_standing_cases_build_with_the_batches_they_name(monkeypatch):
+  """But for the trial trace of their samplers, which takes a second each."""
+  monkeypatch.setattr(build, 'jax', SimpleNamespace(
+    eval_shape=lambda *_: None, random=jax.random, ShapeDtypeStruct=jax.ShapeDtypeStruct))
   for case in suite.CASES:
     for place, batch in case.batches.items():
+      recipe = suite.recipe_of(case, place)
       assert batch.step % 12 == 0
-      if place == 'cpu' and 'digits' in case.name:
-        assert suite.recipe_of(case, place).config['run'] == build.recipe(
-          command_line.recipe_config('config', case.recipe)).config['run']
+      if batch.step:
+        meshes.check_batch(
+          recipe.data.batch_size, meshes.make(recipe.mesh), recipe.method.period,
+          recipe.optim.accumulate_steps,
+        )
+        assert recipe.data.batch_size == batch.step * jax.device_count()
+        assert recipe.sample.batch_size == batch.images
+      else:
+        own = build.recipe(command_line.recipe_config('config', case.recipe))
+        assert recipe.data.batch_size == own.data.batch_size
   places = {place for case in suite.CASES for place in case.batches}
   assert places == set(suite.RUNS)
 

@@ -58,6 +58,7 @@ def recipe(folder, monkeypatch):
   """Of these latents; a figure takes a fifth of a second at most, with no process but this one."""
   monkeypatch.setattr(loader, 'WORKERS', (0,))
   monkeypatch.setattr(loader, 'SECONDS', 0.2)
+  monkeypatch.setattr(loader, 'in_memory', lambda file: False)  # wherever tests write
   return tiny.recipe(
     'fm', data__name='latents', data__path=str(folder), data__latent_size=4, data__channels=2,
     data__num_classes=5, data__latent_scale=0.5, data__batch_size=BATCH, data__num_threads=1,
@@ -76,6 +77,7 @@ def bench(recipe):
 
 def test_every_worker_count_has_its_positive_numbers(recipe, monkeypatch):
   monkeypatch.undo()
+  monkeypatch.setattr(loader, 'in_memory', lambda file: False)
   monkeypatch.setattr(loader, 'SECONDS', 0.05)
   before, table = bench(recipe)
   assert before == ['160 rows of 132 bytes, batches of 8, data.num_threads=1', '']
@@ -133,6 +135,22 @@ def test_nothing_is_cold_in_memory(recipe, monkeypatch):
   digits = tiny.recipe('fm', data__batch_size=500)  # three batches are an epoch
   before, [[_, _, cold, warm, _]] = bench(digits)
   assert cold == '' and float(warm) > 0 and len(before) == 2
+
+
+def test_nothing_is_cold_in_a_file_system_of_the_memory(recipe, monkeypatch):
+  monkeypatch.setattr(loader, 'in_memory', lambda file: True)
+  _, [[_, _, cold, warm, _]] = bench(recipe)
+  assert cold == '' and float(warm) > 0
+
+
+def test_the_innermost_file_system_says_where_a_file_lies(tmp_path):
+  folder, mounts = tmp_path.resolve(), tmp_path / 'mounts'
+  mounts.write_text(f'root / ext4 rw 0 0\ntmp {folder}/ram tmpfs rw 0 0\n')
+  assert loader.in_memory(folder / 'ram' / 'a', mounts)
+  assert not loader.in_memory(folder / 'ramble', mounts)
+  mounts.write_text(mounts.read_text() + f'disk {folder}/ram ext4 rw 0 0\n')
+  assert not loader.in_memory(folder / 'ram' / 'a', mounts)
+  assert not loader.in_memory(folder / 'ram' / 'a', tmp_path / 'none')
 
 
 def test_rows_in_a_bucket_have_no_files(folder, tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """Times, dispatches, compilations and ceilings of programs whose figures are known beforehand."""
 
+import itertools
 import time
+import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from fmzoo import cost
-from fmzoo.bench import ceiling, measure, parts, report
+from fmzoo.bench import ceiling, command, measure, pareto, parts, report, suite
 from fmzoo.parallel import mesh as meshes
 from tests import tiny
 
@@ -97,17 +100,112 @@ def test_mfu_of_products_alone_is_about_one(optimised):
   assert 0.5 < ceiling.least_seconds(body.flops, rates) / found.seconds.min() < 1.5
 
 
-def test_the_ceiling_is_a_rate_of_products(optimised):
-  """No less than half of what NumPy reaches, and no more than some times as much."""
-  x = np.ones((1024, 1024), np.float32)
-  seconds = []
-  for _ in range(5):
-    begun = time.perf_counter()
-    x @ x
-    seconds.append(time.perf_counter() - begun)
-  found = ceiling.rate(KIND, tuple(jax.devices()[:1]))
-  assert (found.size, found.devices) == (256, 1)
-  assert 0.1 < found.flops_per_second / (2 * 1024**3 / min(seconds)) < 10
+@pytest.mark.parametrize('devices', [1, 2])
+def test_the_ceiling_is_a_rate_of_products_of_all_devices(devices, monkeypatch):
+  """By a clock of which every run takes half a second."""
+  monkeypatch.setattr(ceiling, 'SIZES', {'cpu': (64,)})
+  monkeypatch.setattr(ceiling, 'FLOPS', {'cpu': 3 * 2 * 64**3})
+  ticks = itertools.count()
+  clock = SimpleNamespace(perf_counter=lambda: 0.5 * next(ticks))
+  monkeypatch.setattr(ceiling, 'time', clock)
+  found = ceiling.rate(KIND, tuple(jax.devices()[:devices]))
+  assert found == ceiling.Rate(*KIND, 64, devices, devices * 3 * 2 * 64**3 / 0.5)
+
+
+def test_a_sampler_on_two_devices_multiplies_twice_as_much():
+  one, two = (
+    parts.sampler(tiny.recipe('fm', mesh__data=count), images=2) for count in (1, 2)
+  )
+  assert (one.rows, two.rows) == (2, 4)
+  assert two.flops == {kind: 2 * count for kind, count in one.flops.items()}
+
+
+def test_a_step_of_one_program_per_device_is_measured():
+  recipe = tiny.recipe('fm', mesh__data=2, mesh__mode='pmap', data__batch_size=8)
+  (found,) = measure.measure([parts.training_step(recipe)], runs=1, with_dispatches=False)
+  assert found.program.mesh.size == 2 and found.compilations == 0 and found.dispatches is None
+
+
+@pytest.mark.parametrize('make', parts.PROGRAMS.values())
+def test_attention_of_a_library_is_counted(make, monkeypatch):
+  """Which here is one that has no products, as cuDNN's has none that a jaxpr shows."""
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda q, k, v, implementation: q)
+  one, other = (
+    make(tiny.recipe(
+      'fm', mesh__data=1, data__batch_size=8, model__dtype='bfloat16', model__attention=attention,
+      model__remat=True,
+    )) for attention in ('xla', 'cudnn')
+  )
+  assert one.flops == other.flops and one.spent == other.spent
+
+
+def test_a_run_may_be_one_call(monkeypatch):
+  monkeypatch.setattr(measure, 'SECONDS', 10 * PAUSE)
+  (found,) = measure.measure([program(sleeper, jnp.ones(3))], runs=2, calls=1)
+  assert found.calls == 1 and np.all(found.seconds >= PAUSE)
+
+
+def test_tracing_is_not_warm():
+  """What was traced to be counted is traced again."""
+  traced = []
+
+  def noted(x):
+    traced.append(x.shape)
+    return x * 2
+
+  function, x = jax.jit(noted), jnp.ones(3)
+  cost.products(function, x)
+  measure.Running(program(sleeper, x)._replace(function=function))
+  assert traced == [(3,), (3,)]
+
+
+def test_a_peak_of_something_else_is_not_told():
+  before = {'peak_bytes': 5, 'process_bytes': None}
+  assert measure.risen(before, {'peak_bytes': 5, 'process_bytes': None}) == {
+    'peak_bytes': None, 'process_bytes': None
+  }
+  assert measure.risen(before, {'peak_bytes': 6, 'process_bytes': 7}) == {
+    'peak_bytes': 6, 'process_bytes': 7
+  }
+
+
+def test_what_fails_leaves_its_reason_and_no_arrays():
+  alive = []
+
+  def fails():
+    array = np.ones(3)
+    alive.append(weakref.ref(array))
+    raise RuntimeError('out of\nmemory')
+
+  assert measure.attempt('toy', fails) == (None, 'out of memory')
+  assert alive[0]() is None
+  assert measure.attempt('toy', lambda: 3) == (3, None)
+
+
+def test_a_sampler_without_memory_names_its_own_remedy(monkeypatch):
+  monkeypatch.setattr(meshes, '_free_bytes', lambda mesh: 300_000)
+  one = parts.sampler(tiny.recipe('fm', mesh__data=1), images=64)
+  with pytest.raises(ValueError, match='the sampler needs .* GB free; lower sample.batch_size, or'):
+    measure.Running(one)
+
+
+def test_processes_that_work_together_are_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  options = {'runs': 1, 'as_json': False}
+  for start in (
+    lambda: command.bench(None, chosen=None, **options),
+    lambda: command.compare([None, None], chosen=None, **options),
+    lambda: suite.run(**options), lambda: pareto.run('s', **options),
+  ):
+    with pytest.raises(ValueError, match="2 processes work together, 'bench' measures what one"):
+      start()
+
+
+def test_recipes_are_looked_for_first(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for start, flag in ((suite.run, '--suite'), (lambda: pareto.run('s'), '--pareto')):
+    with pytest.raises(ValueError, match=f'{flag} measures recipes of configs/, which {tmp_path}'):
+      start()
 
 
 def test_kinds_of_products_are_bound_by_their_own_ceilings():
@@ -158,4 +256,4 @@ def test_figures_follow_from_what_was_measured():
   assert found['mfu'] == 0.5 and found['float32_share'] == 0.5
   text = '\n'.join(report.table({'toy': found}))
   assert '| 5000 (2000, 9000) |' in text and '| 50.0% |' in text and '| 3 |' in text
-  assert 'so far' not in text  # of what is not known there is no line
+  assert 'at most' not in text  # of what is not known there is no line

@@ -37,7 +37,7 @@ def small(monkeypatch):
   monkeypatch.setattr(pareto, 'curves', lambda size: curves)
   monkeypatch.setattr(pareto, 'recipe_of', recipe_of)
   monkeypatch.setattr(pareto.vae, 'SD_VAE', tiny.VAE)
-  monkeypatch.setattr(measure, 'measure', lambda programs, runs: [
+  monkeypatch.setattr(measure, 'measure', lambda programs, runs, **options: [
     SimpleNamespace(seconds=np.full(runs, 1e-3 * program.rows)) for program in programs
   ])
   monkeypatch.setattr(ceiling, 'SIZES', {'cpu': (64,)})
@@ -68,13 +68,59 @@ def test_points_follow_from_the_counts(small, tmp_path, capsys):
 
 
 def test_the_table_has_a_line_for_every_point(small, monkeypatch, capsys):
-  point = pareto.Point('SiT', 6, 1.25, 2.5, 4, 0.5, 8.0, 0.75)
+  point = pareto.Point('SiT', 6, 1.25, 2.5, 4, 0.5, 8.0, 7.0, 9.0, 0.75)
   monkeypatch.setattr(pareto, '_point', lambda curve, *_: point._replace(name=curve.name))
   monkeypatch.setattr(pareto, '_decoder', lambda *_: point._replace(name='decoder'))
   pareto.run('s', runs=1)
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
   assert 'images/s, 4 at a time' in lines[0] and len(lines) == 1 + 8 + 1
-  assert lines[1] == '| SiT | 6 | 1.25 | 2.5 | 500 | 8 | 75.0% |' and '| decoder |' in lines[-1]
+  assert lines[1] == '| SiT | 6 | 1.25 | 2.5 | 500 | 8 (7, 9) | 75.0% |'
+  assert '| decoder |' in lines[-1]
+
+
+def test_a_point_that_fails_is_a_row_and_the_others_go_on(small, monkeypatch, tmp_path, capsys):
+  """And so it is drawn without; where none is left, the command fails."""
+  def point(curve, steps, *_):
+    if curve.name == 'BFM' or steps > only:
+      raise RuntimeError('RESOURCE_EXHAUSTED:\nout of memory')
+    return pareto.Point(curve.name, steps, 1.25, 2.5, 4, 0.5, 8.0, 7.0, 9.0, 0.75)
+
+  def decoder(*_):
+    raise OSError('no weights')
+
+  only, plot = 100, tmp_path / 'a.png'
+  monkeypatch.setattr(pareto, '_point', point)
+  monkeypatch.setattr(pareto, '_decoder', decoder)
+  pareto.run('s', runs=1, plot=str(plot))
+  text = capsys.readouterr().out
+  assert text.count('| RESOURCE_EXHAUSTED: out of memory |') == 2
+  assert text.count('75.0%') == 6 and '| decoder of 256 x 256 | 1 | no weights |' in text
+  assert plot.stat().st_size > 0
+  only = 0
+  with pytest.raises(ValueError, match='--pareto=s measured none of its 8 points'):
+    pareto.run('s', runs=1, as_json=True)
+  assert json.loads(capsys.readouterr().out)['points'][0] == {
+    'name': 'SiT', 'calls': 6, 'error': 'RESOURCE_EXHAUSTED: out of memory'
+  }
+
+
+def test_one_image_is_waited_for_and_many_are_not(monkeypatch):
+  asked = []
+
+  def measured(programs, **options):
+    asked.append((programs[0].rows, options))
+    return [SimpleNamespace(seconds=np.array([1.0, 2.0, 4.0]) * programs[0].rows)]
+
+  monkeypatch.setattr(measure, 'measure', measured)
+  monkeypatch.setattr(ceiling, 'rates', lambda flops, mesh: {
+    kind: SimpleNamespace(flops_per_second=1.0) for kind in flops})
+  one, many = (pareto.decoder_program(tiny.VAE, 4, images) for images in (1, 3))
+  point = pareto._measured('decoder', 1, one, many, runs=3)
+  assert asked == [
+    (1, {'runs': 3, 'calls': 1, 'with_dispatches': False}),
+    (3, {'runs': 3, 'with_dispatches': False}),
+  ]
+  assert (point.latency, point.throughput, point.lowest, point.highest) == (2.0, 0.5, 0.25, 1.0)
 
 
 @pytest.mark.parametrize('size', command_line.SIZES)
@@ -86,6 +132,7 @@ def test_every_size_has_its_recipes(size):
   calls = [[curve.calls * steps for steps in curve.steps] for curve in curves]
   assert calls[0] == calls[1] == calls[2]
   for recipe in recipes:
+    assert (recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.segment) == (1, 1, 1)
     assert recipe.sample_options.get('guidance', 1.0) == 1.0
     assert parts.has_certain_cost(recipe)
 
@@ -103,6 +150,8 @@ def test_a_plot_that_cannot_be_drawn_is_refused_first(monkeypatch):
   monkeypatch.setattr(pareto, '_point', lambda *args: pytest.fail('it was run'))
   with pytest.raises(ValueError, match=r'--plot=a.svg must end in .png'):
     pareto.run('s', plot='a.svg')
+  with pytest.raises(ValueError, match=r"--plot=none/a.png: there is no folder 'none'; make it"):
+    pareto.run('s', plot='none/a.png')
   imported = builtins.__import__
 
   def without(name, *args, **kwargs):
