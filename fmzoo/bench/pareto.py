@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 
 from fmzoo import build, command_line, cost
-from fmzoo import sampler as samplers
 from fmzoo.bench import ceiling, measure, parts, report
 from fmzoo.models import vae
 from fmzoo.parallel import mesh as meshes
@@ -195,7 +194,7 @@ def decoder_program(config, side, images):
 
   def decode(params, latents):
     """Decodes as many at a time as `sample` does."""
-    return samplers.in_groups(lambda group: net.decode({'decoder': params}, group), latents)
+    return parts.in_groups(lambda group: net.decode({'decoder': params}, group), latents)
 
   def arguments():
     """Returns fresh parameters and latents."""
@@ -227,7 +226,7 @@ def table(points, decoder, runs, images):
     ' call of BFM with FRN is a velocity call: the first of a segment runs the feature network, the'
     ' others its residual network (FRN) instead. At size S SoFlow is of our own making: B/2 with'
     ' width 384. One image is waited for before the next is begun. The decoder takes at most'
-    f' {samplers.DECODED_ROWS} latents at a time, as `sample` has it do.', '',
+    f' {parts.DECODED_ROWS} latents at a time, as `sample` has it do.', '',
     '| method | network calls | GMAC | with guidance | one image, ms |'
     f' images/s, {images} at a time: median (lowest, highest) | MFU |', '|---' * 7 + '|',
     *(report.row(_cells(point)) for point in [*points, decoder]),

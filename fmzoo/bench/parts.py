@@ -15,6 +15,7 @@ from fmzoo.parallel import batch as batches
 from fmzoo.parallel import mesh as meshes
 
 MEMORY_WORDS = ('the sampler', 'parameters and images', 'lower sample.batch_size')
+DECODED_ROWS = samplers.DECODED_ROWS  # latents that a device decodes at a time
 DIFFERENT = 16  # rows of a batch, then they repeat
 
 
@@ -105,6 +106,11 @@ def sampler(recipe, images=None):
     shapes=(params, *rest), arguments=arguments, following=lambda args, images: (args, images),
     flops=flops, spent=flops, memory_words=MEMORY_WORDS,
   )
+
+
+def in_groups(decode, latents):
+  """Decodes latents as the command `sample` does, see sampler.in_groups."""
+  return samplers.in_groups(decode, latents)
 
 
 def images_each(recipe):

@@ -4,6 +4,7 @@ import builtins
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,6 +41,7 @@ def small(monkeypatch):
   monkeypatch.setattr(measure, 'measure', lambda programs, runs, **options: [
     SimpleNamespace(seconds=np.full(runs, 1e-3 * program.rows)) for program in programs
   ])
+  monkeypatch.setattr(jax, 'clear_caches', lambda: None)  # what methods share is traced once
   monkeypatch.setattr(ceiling, 'SIZES', {'cpu': (64,)})
   monkeypatch.setattr(ceiling, 'FLOPS', {'cpu': 1e6})
 
@@ -124,8 +126,11 @@ def test_one_image_is_waited_for_and_many_are_not(monkeypatch):
 
 
 @pytest.mark.parametrize('size', command_line.SIZES)
-def test_every_size_has_its_recipes(size):
+def test_every_size_has_its_recipes(size, monkeypatch):
   """With as many calls of BFM as of SiT; SoFlow's width is theirs."""
+  if size != 's':  # a trial trace of the sampler takes a second each
+    monkeypatch.setattr(build, 'jax', SimpleNamespace(
+      eval_shape=lambda *_: None, random=jax.random, ShapeDtypeStruct=jax.ShapeDtypeStruct))
   curves = pareto.curves(size)
   recipes = [pareto.recipe_of(curve, curve.steps[0], 'cpu') for curve in curves]
   assert len({recipe.network.width for recipe in recipes}) == 1
